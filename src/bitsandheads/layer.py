@@ -1,0 +1,282 @@
+"""One compressed layer: stages a chunk, attends over what it holds, then packs. Knows nothing of transformers."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .errors import AttentionNotEnabledError, CacheStateError, ModelMismatchError, ShapeError
+from .ops.heads import HeadSet
+from .plan import HeadGroup, LayerShape
+from .stores.base import Memory, Prompt, Store
+from .stores.packed import RECENT_QUERIES, PackedStore
+from .stores.whole import WholeStore
+from .stores.window import WindowStore
+
+BaseAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass
+class Segment:
+    """A run of logical tokens. valid: bool [B, tokens] on the CPU, or None when all are real."""
+
+    tokens: int
+    valid: Tensor | None
+
+
+@dataclass
+class ChunkMask:
+    """What the model's mask says of the newest n tokens.
+
+    Attributes:
+        valid: bool [B, n] on the CPU, or None when all are real.
+        hidden: int64 [B, n], how many of the newest stored tokens each query does not see, or None for plain causal.
+    """
+
+    valid: Tensor | None
+    hidden: Tensor | None
+
+
+def read_mask(mask: Tensor | None, n: int) -> ChunkMask:
+    """Understand a mask of transformers: None, bool or additive [B, 1, n, all tokens], or padding [B, all tokens]."""
+    if mask is None or n == 1:
+        return ChunkMask(None, None)
+    if mask.ndim == 2:
+        seen = mask[:, -n:].bool().cpu()
+        valid, visible = seen, None
+    else:
+        part = mask[:, 0, -n:, -n:]
+        part = (part if part.dtype == torch.bool else part > torch.finfo(part.dtype).min / 2).cpu()
+        valid, visible = part[:, -1], part
+    if bool(valid.all()) and visible is None:
+        return ChunkMask(None, None)
+    total = valid.sum(1, keepdim=True)
+    count = valid.cumsum(1) if visible is None else (visible & valid[:, None]).sum(-1)
+    hidden = torch.where(valid, total - count, torch.zeros_like(total))
+    causal = torch.arange(n - 1, -1, -1)
+    if bool(valid.all()):
+        return ChunkMask(None, None if bool((hidden == causal).all()) else hidden)
+    return ChunkMask(valid, hidden)
+
+
+class CompressedLayer:
+    """The stores of one layer and the chunk that is being processed.
+
+    Life of a chunk: `stage(k, v)` (from Cache.update), then `attend(...)` (from the attention function), which appends the
+    chunk to the stores, attends, and lets the stores pack what is due.
+    """
+
+    def __init__(self, index: int, groups: tuple[HeadGroup, ...], shape: LayerShape, backend: str, dtype: torch.dtype | None = None) -> None:
+        """dtype: of tokens that are kept whole; None: the model's."""
+        self.index, self.groups, self.shape, self.backend, self.dtype = index, groups, shape, backend, dtype
+        self.stores: list[Store] = []
+        self.segments: list[Segment] = []
+        self.staged: tuple[Tensor, Tensor] | None = None
+        self.token_scores: Tensor | None = None
+
+    # -- lengths ----------------------------------------------------------------------------------------------------------------
+
+    @property
+    def tokens(self) -> int:
+        """Logical tokens, padding and the staged chunk included."""
+        return self.stored_tokens + (self.staged[0].shape[2] if self.staged is not None else 0)
+
+    @property
+    def stored_tokens(self) -> int:
+        """Logical tokens without the staged chunk."""
+        return sum(s.tokens for s in self.segments)
+
+    @property
+    def batch(self) -> int:
+        """Number of sequences; 0 before the first chunk."""
+        return len(self.stores[0].tail.count) if self.stores else 0
+
+    def real_tokens(self) -> list[int]:
+        """Real tokens of each sequence."""
+        out = [0] * self.batch
+        for s in self.segments:
+            real = [s.tokens] * self.batch if s.valid is None else s.valid.sum(1).tolist()
+            out = [a + b for a, b in zip(out, real, strict=True)]
+        return out
+
+    # -- a chunk ----------------------------------------------------------------------------------------------------------------
+
+    def stage(self, k: Tensor, v: Tensor) -> None:
+        """Take the chunk's keys and values [B, H_kv, n, D]."""
+        if self.staged is not None:
+            raise AttentionNotEnabledError(
+                f"Layer {self.index} was given new tokens before it attended to the last ones: this model does not use the attention "
+                "function of bitsandheads. Call bitsandheads.enable(model) first."
+            )
+        expected = (self.shape.kv_heads, self.shape.head_dim)
+        for name, x in (("keys", k), ("values", v)):
+            if x.ndim != 4 or (x.shape[1], x.shape[3]) != expected:
+                raise ModelMismatchError(
+                    f"Layer {self.index} was given {name} of shape {list(x.shape)}; this cache was made for {expected[0]} KV heads with "
+                    f"head_dim {expected[1]}. Make the cache from the configuration of the model that it is used with."
+                )
+        if not self.stores:
+            self.make_stores(k, v)
+        elif k.shape[0] != self.batch:
+            raise ShapeError(
+                f"Layer {self.index} holds {self.batch} sequences and was given {k.shape[0]}. Use batch_repeat_interleave or "
+                "batch_select_indices to change the batch, or reset() to start anew."
+            )
+        self.staged = k, v
+
+    def make_stores(self, k: Tensor, v: Tensor) -> None:
+        """Make empty stores for tensors like k and v [B, H_kv, any, D]."""
+        k, v = k.to(self.dtype or k.dtype), v.to(self.dtype or v.dtype)
+        whole = all(g.window is None and g.quant is None for g in self.groups)
+        for g in self.groups:
+            heads = g.kv_heads or ()
+            kg, vg = self._pick(k, heads), self._pick(v, heads)
+            if g.quant is not None:
+                self.stores.append(PackedStore(heads, kg, vg, g.quant))
+            elif g.window is not None:
+                self.stores.append(WindowStore(heads, kg, vg, g.window.sink, g.window.recent))
+            else:
+                keep = whole and ops.resolve_backend(self.backend, k.device) == "reference"
+                self.stores.append(WholeStore(heads, kg, vg, keep_padding=keep))
+
+    def _pick(self, x: Tensor, heads: tuple[int, ...]) -> Tensor:
+        return x if len(heads) == x.shape[1] and heads == tuple(range(x.shape[1])) else x[:, list(heads)]
+
+    def attend(self, q: Tensor, mask: Tensor | None, chunk: ChunkMask, scale: float, base: BaseAttention) -> Tensor:
+        """Attention of the staged chunk over everything, then packing.
+
+        Args:
+            q: [B, H_q, n, D] after RoPE.
+            mask: the model's own mask for `base`.
+            chunk: the same mask, understood.
+            base: (q, k, v) -> [B, n, H_q, D], the model's own attention with that mask; used while nothing is compressed.
+        Returns:
+            [B, n, H_q, D].
+        """
+        if self.staged is None:
+            raise CacheStateError(f"Layer {self.index} has no staged tokens; call update() before the attention function.")
+        k, v = self.staged
+        self.staged = None
+        n = k.shape[2]
+        first = not self.segments
+        exact = first or self._whole_so_far(chunk)
+        if exact:
+            keys, values = (k, v) if first else self._with_history(k, v)
+            out = base(q, keys, values)
+            del keys, values
+        for store in self.stores:
+            kept = (self._pick(x, store.kv_heads).to(self.dtype or x.dtype) for x in (k, v))
+            store.append(*kept, chunk.valid)
+        self._record(n, chunk.valid)
+        if not exact:
+            hidden = None if chunk.hidden is None else chunk.hidden.to(q.device)
+            sets: list[HeadSet] = [store.heads() for store in self.stores]
+            out = ops.decode_attention(q, sets, scale, hidden, backend=self.backend)[0].transpose(1, 2).contiguous()
+        del k, v
+        for store in self.stores:
+            store.compress(self._prompt(q, store, chunk))
+        self.token_scores = None
+        return out
+
+    def _whole_so_far(self, chunk: ChunkMask) -> bool:
+        """Whether the model's own attention over the tokens held gives what DynamicCache would give, bit for bit."""
+        if any(isinstance(s, WholeStore) and s.keep_padding for s in self.stores):
+            return True
+        if ops.resolve_backend(self.backend, self.stores[0].tail.k.device) != "reference":
+            return False
+        padded = chunk.valid is not None or any(s.valid is not None for s in self.segments)
+        return not padded and all(s.lossless for s in self.stores) and self._windows_open()
+
+    def _windows_open(self) -> bool:
+        """No window hides a token from the newest query of the staged chunk."""
+        assert self.staged is None
+        n = self.stored_tokens
+        return all(not isinstance(s, WindowStore) or n < s.recent for s in self.stores)
+
+    def _with_history(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        n = self.stored_tokens
+        keys = k.new_empty(k.shape[0], k.shape[1], n + k.shape[2], k.shape[3])
+        values = v.new_empty(keys.shape)
+        for store in self.stores:
+            heads, at = list(store.kv_heads), 0
+            for tail in (store.first, store.tail) if isinstance(store, WindowStore) else (store.tail,):
+                count = tail.count[0]
+                keys[:, heads, at : at + count] = tail.k[:, :, :count]
+                values[:, heads, at : at + count] = tail.v[:, :, :count]
+                at += count
+        keys[:, :, n:], values[:, :, n:] = k, v
+        return keys, values
+
+    def _record(self, n: int, valid: Tensor | None) -> None:
+        if valid is None and self.segments and self.segments[-1].valid is None:
+            self.segments[-1].tokens += n
+        else:
+            self.segments.append(Segment(n, valid))
+
+    def _prompt(self, q: Tensor, store: Store, chunk: ChunkMask) -> Prompt | None:
+        if not isinstance(store, PackedStore):
+            return None
+        group = self.shape.q_heads // self.shape.kv_heads
+        newest = q[:, :, -RECENT_QUERIES:].unflatten(1, (self.shape.kv_heads, group))
+        queries = self._pick(newest, store.kv_heads)
+        n = queries.shape[3]
+        if chunk.valid is None:
+            weight = torch.ones(q.shape[0], n, device=q.device)
+        else:
+            weight = chunk.valid[:, -n:].to(device=q.device, dtype=torch.float32)
+        scores = None
+        if self.token_scores is not None:
+            rows = self.token_scores
+            scores = [r if chunk.valid is None else r[chunk.valid[b].to(r.device)] for b, r in enumerate(rows)]
+        return Prompt(queries, weight, scores)
+
+    # -- the rest of the cache contract -------------------------------------------------------------------------------------------
+
+    def crop(self, remove: int) -> None:
+        """Forget the newest `remove` logical tokens."""
+        if remove <= 0:
+            return
+        if remove >= self.tokens:
+            self.reset()
+            return
+        real = [0] * self.batch
+        left, segments = remove, list(self.segments)
+        while left:
+            last = segments.pop()
+            cut = min(left, last.tokens)
+            valid = None if last.valid is None else last.valid[:, last.tokens - cut :]
+            real = [a + (cut if valid is None else int(valid[b].sum())) for b, a in enumerate(real)]
+            if cut < last.tokens:
+                kept = None if last.valid is None else last.valid[:, : last.tokens - cut]
+                segments.append(Segment(last.tokens - cut, kept))
+            left -= cut
+        for store in self.stores:
+            keeps = isinstance(store, WholeStore) and store.keep_padding
+            store.crop([remove] * self.batch if keeps else real)
+        self.segments = segments
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.stores, self.segments, self.staged, self.token_scores = [], [], None, None
+
+    def select(self, index: Tensor) -> None:
+        """Keep these sequences, in this order."""
+        rows = index.cpu()
+        for store in self.stores:
+            store.select(rows)
+        for s in self.segments:
+            s.valid = None if s.valid is None else s.valid[rows]
+
+    def residual_tokens(self) -> int:
+        """Tokens times KV heads that quantized heads hold whole in their residual, over all sequences."""
+        packed = [s for s in self.stores if isinstance(s, PackedStore)]
+        return sum(sum(s.tail.count) * len(s.kv_heads) for s in packed)
+
+    def memory(self) -> Memory:
+        """Bytes by part."""
+        out = Memory()
+        for store in self.stores:
+            out.merge(store.memory())
+        return out

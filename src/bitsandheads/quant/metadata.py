@@ -1,0 +1,43 @@
+"""Metadata of a group: steps and centres for each axis, in fp16 or in fp8 (e4m3) with one fp16 factor for each array."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+MetadataFormat = Literal["fp16", "fp8"]
+FP16_MAX = 65504.0
+FP8_MAX = 448.0
+SMALLEST_FACTOR = 2.0**-24
+
+
+def itemsize(fmt: MetadataFormat) -> int:
+    """Bytes of one stored number."""
+    return 2 if fmt == "fp16" else 1
+
+
+def encode(x: Tensor, fmt: MetadataFormat) -> tuple[Tensor, Tensor, Tensor]:
+    """Round numbers to their stored form.
+
+    Args:
+        x: float32 [..., count].
+        fmt: "fp16", or "fp8": e4m3 times a shared fp16 factor max|x| / 448.
+    Returns:
+        The bytes, uint8 [..., count * itemsize]; the factor, float16 [..., 1] (one for fp16, where it is not stored); and
+        what they restore to, float32 [..., count].
+    """
+    if fmt == "fp16" or x.shape[-1] == 0:
+        stored = x.half().contiguous()
+        return stored.view(torch.uint8), torch.ones_like(stored[..., :1]), stored.float()
+    factor = (x.abs().amax(-1, keepdim=True) / FP8_MAX).clamp(SMALLEST_FACTOR, FP16_MAX).half()
+    small = (x / factor.float()).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).contiguous()
+    return small.view(torch.uint8), factor, small.float() * factor.float()
+
+
+def decode(data: Tensor, factor: Tensor, fmt: MetadataFormat) -> Tensor:
+    """Inverse of `encode`: uint8 [..., count * itemsize], float16 [..., 1] -> float32 [..., count]."""
+    if data.shape[-1] == 0:
+        return data.float()
+    if fmt == "fp16":
+        return data.contiguous().view(torch.float16).float()
+    return data.contiguous().view(torch.float8_e4m3fn).float() * factor.float()

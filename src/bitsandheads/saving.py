@@ -1,0 +1,115 @@
+"""A cache in one safetensors file: a compressed prefix prepared once and used by many."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .errors import CacheStateError, FileFormatError, ModelMismatchError
+from .layer import CompressedLayer, Segment
+from .plan import CachePlan
+from .seam import CompressedCache, CompressedCacheLayer, fingerprint, foreign_state, restore_foreign
+
+FORMAT = "bitsandheads-cache"
+VERSION = 1
+
+
+def save_cache(cache: CompressedCache, path: str | Path) -> None:
+    """Write a cache, whole or not at all.
+
+    Raises:
+        CacheStateError: the cache is empty, is in the middle of a forward pass, or has layers with recurrent state.
+    """
+    layers = cache.compressed_layers()
+    if not layers or not all(layer.stores for layer in layers):
+        raise CacheStateError("The cache is empty; run a prompt through the model before saving it.")
+    tensors: dict[str, Tensor] = {}
+    states: list[dict[str, Any]] = []
+    for i, layer in enumerate(cache.layers):
+        if isinstance(layer, CompressedCacheLayer):
+            states.append(_layer_state(layer.layer, i, tensors))
+        else:
+            states.append(foreign_state(layer, i, tensors))
+    header = {
+        "format": FORMAT,
+        "version": str(VERSION),
+        "plan": cache.plan.to_json(),
+        "model": json.dumps(fingerprint(cache.config)),
+        "layers": json.dumps(states),
+    }
+    target = Path(path)
+    part = target.with_name(target.name + ".part")
+    save_file({name: t.detach().contiguous() for name, t in tensors.items()}, part, metadata=header)
+    part.replace(target)
+
+
+def load_cache(path: str | Path, model: Any, backend: str = "auto", device: str | torch.device | None = None) -> CompressedCache:
+    """Read a cache that `save_cache` wrote.
+
+    Args:
+        model: the model, or its configuration, that the cache was made with.
+        device: where its tensors go; None: the model's device, or the CPU for a configuration.
+    Raises:
+        FileFormatError: a damaged, foreign or newer file.
+        ModelMismatchError: the cache was made with another model.
+    """
+    if device is None:
+        device = getattr(model, "device", "cpu")
+    try:
+        with safe_open(str(path), "pt", device=str(device)) as file:
+            header = file.metadata() or {}
+            if header.get("format") != FORMAT:
+                raise FileFormatError(f"{path} is a safetensors file, but not a cache of bitsandheads. Write caches with save_cache.")
+            if not header.get("version", "").isdigit() or int(header["version"]) > VERSION:
+                raise FileFormatError(
+                    f"{path} has cache version {header.get('version')!r}; this release reads up to {VERSION}. Update bitsandheads."
+                )
+            made_for, given = json.loads(header["model"]), fingerprint(model)
+            if made_for != given:
+                raise ModelMismatchError(f"{path} was made with {made_for}; this model is {given}. Use the model it was made with.")
+            cache = CompressedCache(CachePlan.from_json(header["plan"]), model, backend)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        for i, (layer, state) in enumerate(zip(cache.layers, json.loads(header["layers"]), strict=True)):
+            mine = {name.split(".", 1)[1]: t for name, t in tensors.items() if name.startswith(f"{i}.")}
+            if isinstance(layer, CompressedCacheLayer):
+                layer.is_initialized = True
+                _restore_layer(layer.layer, state, mine)
+            else:
+                restore_foreign(layer, state, mine)
+    except (SafetensorError, OSError, KeyError, json.JSONDecodeError, RuntimeError, TypeError) as error:
+        if isinstance(error, FileFormatError | ModelMismatchError | FileNotFoundError):
+            raise
+        raise FileFormatError(f"{path} is not a readable cache file: {error}. It may be cut off; prepare it again.") from error
+    return cache
+
+
+def _layer_state(layer: CompressedLayer, index: int, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    if layer.staged is not None:
+        raise CacheStateError("The cache is in the middle of a forward pass; save it between two calls of the model.")
+    stores = []
+    for s, store in enumerate(layer.stores):
+        tensors.update({f"{index}.{s}.{name}": t for name, t in store.tensors().items()})
+        stores.append(store.state())
+    segments = []
+    for j, segment in enumerate(layer.segments):
+        segments.append([segment.tokens, segment.valid is not None])
+        if segment.valid is not None:
+            tensors[f"{index}.valid.{j}"] = segment.valid
+    return {"stores": stores, "segments": segments}
+
+
+def _restore_layer(layer: CompressedLayer, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    first = tensors["0.tail_k"]
+    shape = (first.shape[0], layer.shape.kv_heads, 0, layer.shape.head_dim)
+    empty = torch.zeros(shape, dtype=first.dtype, device=first.device)
+    layer.make_stores(empty, empty)
+    for s, (store, counts) in enumerate(zip(layer.stores, state["stores"], strict=True)):
+        mine = {name.split(".", 1)[1]: t for name, t in tensors.items() if name.startswith(f"{s}.")}
+        store.restore(mine, counts)
+    layer.segments = [
+        Segment(tokens, tensors[f"valid.{j}"].cpu() if padded else None) for j, (tokens, padded) in enumerate(state["segments"])
+    ]

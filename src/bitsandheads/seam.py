@@ -1,0 +1,355 @@
+"""The seam to transformers: the only file that knows its cache classes, attention registry and mask registry.
+
+`enable(model)` registers an attention function "bitsandheads_<base>" together with the base's mask function, and switches the
+model's text part to it. `CompressedCache` is a transformers Cache whose compressed layers hand the attention function a
+`LayerHandle` in place of keys and values; every other cache and every other layer type runs as before.
+"""
+
+from types import TracebackType
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .errors import AttentionNotEnabledError, CacheStateError, ModelMismatchError, PlanError, ShapeError
+from .layer import ChunkMask, CompressedLayer, read_mask
+from .methods import get_plan
+from .plan import CachePlan, LayerShape, ResolvedPlan
+from .stores.base import Memory
+
+PREFIX = "bitsandheads_"
+REFUSED = ("softcap", "s_aux", "position_bias")  # attention extras that the ops do not know; never dropped in silence
+
+
+# -- configuration ------------------------------------------------------------------------------------------------------------
+
+
+def text_config(config: Any) -> Any:
+    """The configuration of the decoder's text part, of a model or of its configuration."""
+    config = getattr(config, "config", config)
+    return config.get_text_config(decoder=True)
+
+
+def layer_shapes(config: Any) -> list[LayerShape]:
+    """The shape of every layer; layers that are not plain full attention are marked as not compressed."""
+    text = text_config(config)
+    q_heads = text.num_attention_heads
+    kv_heads = getattr(text, "num_key_value_heads", None) or q_heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // q_heads
+    layers = DynamicCache(config=text).layers
+    return [LayerShape(q_heads, kv_heads, head_dim, type(layer) is DynamicLayer) for layer in layers]
+
+
+def fingerprint(config: Any) -> dict[str, Any]:
+    """What a saved cache must share with a model."""
+    text = text_config(config)
+    shapes = layer_shapes(text)
+    return {
+        "model_type": text.model_type,
+        "layers": len(shapes),
+        "q_heads": shapes[0].q_heads,
+        "kv_heads": shapes[0].kv_heads,
+        "head_dim": shapes[0].head_dim,
+        "hidden_size": text.hidden_size,
+        "vocab_size": text.vocab_size,
+    }
+
+
+# -- attention ----------------------------------------------------------------------------------------------------------------
+
+
+class LayerHandle:
+    """Stands for keys and values of a compressed layer. Only bitsandheads' attention function can read it."""
+
+    def __init__(self, cache: "CompressedCache", layer: CompressedLayer) -> None:
+        self.cache, self.layer = cache, layer
+
+    def _refuse(self) -> NoReturn:
+        raise AttentionNotEnabledError(
+            "A compressed cache met an attention function that cannot read it. Call bitsandheads.enable(model) once before "
+            "model.generate(..., past_key_values=cache), or use `with bitsandheads.enabled(model):`."
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        self._refuse()
+
+    def __getitem__(self, index: Any) -> Any:
+        self._refuse()
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        next(a for a in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(a, cls))._refuse()
+
+
+def _attention(base_name: str) -> Any:
+    def forward(
+        module: torch.nn.Module, query: Tensor, key: Any, value: Any, attention_mask: Tensor | None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        base = ALL_ATTENTION_FUNCTIONS.get_interface(base_name, _eager_of(module))
+        if not isinstance(key, LayerHandle):
+            return base(module, query, key, value, attention_mask, **kwargs)
+        extra = [name for name in REFUSED if kwargs.get(name) is not None]
+        if extra:
+            raise PlanError(f"This model's attention uses {', '.join(extra)}, which compressed layers do not support. Use DynamicCache.")
+        chunk = key.cache.chunk_mask(attention_mask, query.shape[2])
+        scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
+
+        def own(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return base(module, q, k, v, attention_mask, **kwargs)[0]
+
+        return key.layer.attend(query, attention_mask, chunk, scale, own), None
+
+    return forward
+
+
+def _eager_of(module: torch.nn.Module) -> Any:
+    """transformers keeps eager attention beside each model class, not in the registry."""
+    import sys
+
+    return getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+
+
+def _text_model(model: Any) -> Any:
+    """The submodule whose configuration is the text part's: the model itself, or its language model."""
+    text = text_config(model)
+    if model.config is text:
+        return model
+    for module in model.modules():
+        if getattr(module, "config", None) is text and hasattr(module, "set_attn_implementation"):
+            return module
+    raise ModelMismatchError(
+        f"No submodule of {type(model).__name__} carries its text configuration, so its attention cannot be switched. Pass the language model."
+    )
+
+
+def enable(model: Any) -> None:
+    """Let a transformers model read compressed caches. Other caches work as before; calling it again does nothing.
+
+    Args:
+        model: a causal or vision-language model of transformers; only the text part is switched.
+    """
+    part = _text_model(model)
+    base = part.config._attn_implementation
+    if base.startswith(PREFIX):
+        return
+    if base == "flex_attention":
+        raise PlanError('The model uses "flex_attention", whose masks bitsandheads cannot read. Load it with attn_implementation="sdpa".')
+    name = PREFIX + base
+    AttentionInterface.register(name, _attention(base))
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
+    part.set_attn_implementation(name)
+
+
+def disable(model: Any) -> None:
+    """Give the model its former attention implementation back."""
+    part = _text_model(model)
+    name = part.config._attn_implementation
+    if name.startswith(PREFIX):
+        part.set_attn_implementation(name.removeprefix(PREFIX))
+
+
+class enabled:  # noqa: N801 - used as a function: `with enabled(model):`
+    """Context manager: `enable` on entry; on exit the former attention implementation is restored."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.was_on = False
+
+    def __enter__(self) -> Any:
+        self.was_on = _text_model(self.model).config._attn_implementation.startswith(PREFIX)
+        enable(self.model)
+        return self.model
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        if not self.was_on:
+            disable(self.model)
+
+
+# -- cache --------------------------------------------------------------------------------------------------------------------
+
+
+class CompressedCacheLayer(CacheLayerMixin):
+    """A CompressedLayer in the clothes of a transformers cache layer."""
+
+    is_croppable = True
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self, owner: "CompressedCache", layer: CompressedLayer) -> None:
+        super().__init__()
+        self.owner, self.layer = owner, layer
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Stores are made when the first tokens arrive."""
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """Stage the chunk; returns a LayerHandle for keys and for values."""
+        self.is_initialized = True
+        self.layer.stage(key_states, value_states)
+        handle = LayerHandle(self.owner, self.layer)
+        return handle, handle
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Logical tokens, and offset 0."""
+        return self.layer.tokens + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Logical tokens, padding included."""
+        return self.layer.tokens
+
+    def get_max_length(self) -> int:
+        """No maximum."""
+        return -1
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.layer.reset()
+        self.is_initialized = False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Beam search: sequence i becomes sequence beam_idx[i]."""
+        self.layer.select(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these sequences (indices, or a bool mask)."""
+        self.layer.select(indices.nonzero().squeeze(1) if indices.dtype == torch.bool else indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence."""
+        self.layer.select(torch.arange(self.layer.batch).repeat_interleave(repeats))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove -tokens_to_remove tokens; a positive number is the length to keep (transformers before 5.18)."""
+        self.layer.crop(-tokens_to_remove if tokens_to_remove <= 0 else max(self.layer.tokens - tokens_to_remove, 0))
+
+    def offload(self) -> None:
+        """Refused: a compressed layer stays where it is."""
+        raise CacheStateError("Compressed layers cannot be offloaded; their memory is small already. Make the cache without offloading.")
+
+    @property
+    def batch_size(self) -> int:
+        """Number of sequences, 0 before the first tokens."""
+        return self.layer.batch
+
+
+class CompressedCache(Cache):
+    """A transformers cache that stores keys and values as a plan says.
+
+        bitsandheads.enable(model)
+        cache = bitsandheads.CompressedCache("balanced", model)
+        model.generate(**inputs, past_key_values=cache)
+
+    Args:
+        plan: a preset's name, a plan file's path, or a CachePlan.
+        model: the model or its configuration.
+        backend: "auto", "reference", "triton" or "cuda".
+        dtype: of tokens that are kept whole (sink, residual, windows, whole heads); None: the model's.
+    Raises:
+        PlanError: an unknown preset, or a plan that does not fit the model.
+    """
+
+    def __init__(self, plan: "str | CachePlan", model: Any, backend: str = "auto", dtype: torch.dtype | None = None) -> None:
+        self.config = text_config(model)
+        self.resolved: ResolvedPlan = get_plan(plan).resolve(self.config)
+        self.backend = backend
+        own = DynamicCache(config=self.config).layers
+        layers = [
+            keep if groups is None else CompressedCacheLayer(self, CompressedLayer(i, groups, shape, backend, dtype))
+            for i, (keep, groups, shape) in enumerate(zip(own, self.resolved.layers, self.resolved.shapes, strict=True))
+        ]
+        super().__init__(layers=layers)
+        self._seen_mask: tuple[Tensor | None, int, ChunkMask] | None = None
+
+    @property
+    def plan(self) -> CachePlan:
+        """The plan."""
+        return self.resolved.plan
+
+    def __repr__(self) -> str:
+        return f"CompressedCache(plan={self.plan.name!r}, tokens={self.get_seq_length()}, bytes={self.memory_bytes()})"
+
+    def compressed_layers(self) -> list[CompressedLayer]:
+        """The layers that the plan governs."""
+        return [layer.layer for layer in self.layers if isinstance(layer, CompressedCacheLayer)]
+
+    def chunk_mask(self, mask: Tensor | None, n: int) -> ChunkMask:
+        """read_mask, once for all layers of a forward pass (they share the mask tensor)."""
+        if self._seen_mask is None or self._seen_mask[0] is not mask or self._seen_mask[1] != n or mask is None:
+            self._seen_mask = (mask, n, read_mask(mask, n))
+        return self._seen_mask[2]
+
+    def set_token_scores(self, scores: Tensor) -> None:
+        """Give the salience of the next prompt's tokens (Salience.by="given"); higher is kept better.
+
+        Args:
+            scores: float [batch, tokens of the prompt], padding included (its scores are ignored).
+        """
+        if scores.ndim != 2:
+            raise ShapeError(f"Token scores have shape {list(scores.shape)}; give [batch, tokens of the prompt].")
+        for layer in self.compressed_layers():
+            layer.token_scores = scores
+
+    def reset(self) -> None:
+        """Forget everything; the cache can be used again."""
+        super().reset()
+        self._seen_mask = None
+
+    def memory(self) -> Memory:
+        """Bytes by part over all compressed layers, in use and allocated."""
+        out = Memory()
+        for layer in self.compressed_layers():
+            out.merge(layer.memory())
+        return out
+
+    def memory_bytes(self, allocated: bool = False, without: tuple[str, ...] = ()) -> int:
+        """Bytes in use (or allocated) of all compressed layers, without the named parts."""
+        memory = self.memory()
+        parts = memory.allocated if allocated else memory.in_use
+        return sum(n for part, n in parts.items() if part not in without)
+
+    def bits_per_element(self, allocated: bool = False, residual: bool = True, basis: bool = True) -> float:
+        """8 * bytes / (2 * KV heads * real tokens * head_dim), counted from the tensors.
+
+        Args:
+            allocated: count spare capacity too.
+            residual: count the whole-precision residual of quantized heads; False: neither its bytes nor its tokens.
+            basis: count rotations, means and ranks.
+        """
+        memory = self.memory()
+        parts = dict(memory.allocated if allocated else memory.in_use)
+        elements = 0
+        for layer in self.compressed_layers():
+            elements += sum(layer.real_tokens()) * 2 * layer.shape.kv_heads * layer.shape.head_dim
+        if not residual:
+            elements -= sum(layer.residual_tokens() * 2 * layer.shape.head_dim for layer in self.compressed_layers())
+            parts.pop("residual", None)
+        if not basis:
+            parts.pop("basis", None)
+        return 8 * sum(parts.values()) / elements if elements else float("nan")
+
+
+# -- layers that transformers' own classes keep, in cache files ------------------------------------------------------------------
+
+
+def foreign_state(layer: Any, index: int, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """What must be saved of a sliding-window layer; CacheStateError for layers with recurrent state."""
+    if not isinstance(layer, DynamicLayer):
+        raise CacheStateError(f"Layer {index} is a {type(layer).__name__}, whose recurrent state cannot be saved.")
+    if layer.is_initialized:
+        tensors[f"{index}.keys"], tensors[f"{index}.values"] = layer.keys, layer.values
+    return {"initialized": layer.is_initialized, "cumulative_length": getattr(layer, "cumulative_length", None)}
+
+
+def restore_foreign(layer: Any, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Inverse of `foreign_state`."""
+    if not state["initialized"]:
+        return
+    layer.lazy_initialization(tensors["keys"], tensors["values"])
+    layer.keys, layer.values = tensors["keys"], tensors["values"]
+    if state["cumulative_length"] is not None:
+        layer.cumulative_length = state["cumulative_length"]

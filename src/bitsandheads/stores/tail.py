@@ -1,0 +1,112 @@
+"""Whole-precision tokens of a head group, oldest first, each sequence with its own count."""
+
+import torch
+from torch import Tensor
+
+SLACK = 64  # tokens that a new buffer has room for beyond what is needed now
+
+
+class Tail:
+    """A growing buffer of keys and values [B, h, capacity, D]; count[b] tokens of sequence b are in use."""
+
+    def __init__(self, k: Tensor, v: Tensor) -> None:
+        """An empty tail with the batch, heads, head_dim, dtype and device of k and v [B, h, any, D]."""
+        self.k = k[:, :, :0]
+        self.v = v[:, :, :0]
+        self.count = [0] * k.shape[0]
+        self.borrowed = False
+
+    @property
+    def uniform(self) -> int | None:
+        """The common count, or None when sequences differ."""
+        return self.count[0] if self.count and len(set(self.count)) == 1 else None
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for `tokens` tokens of every sequence; growth is geometric."""
+        if self.borrowed or tokens > self.k.shape[2]:
+            grown = tokens if self.k.shape[2] == 0 and not self.borrowed else max(tokens + SLACK, tokens * 9 // 8)
+            self.resize(grown)
+
+    def resize(self, capacity: int) -> None:
+        """Move what is in use to a buffer of this capacity."""
+        used = max(self.count, default=0)
+
+        def move(old: Tensor) -> Tensor:
+            new = old.new_zeros(*old.shape[:2], capacity, old.shape[3])
+            new[:, :, :used] = old[:, :, :used]
+            return new
+
+        self.k, self.v, self.borrowed = move(self.k), move(self.v), False
+
+    def append(self, k: Tensor, v: Tensor, valid: Tensor | None) -> None:
+        """Add tokens k, v [B, h, n, D]; valid: bool [B, n] on the CPU, or None when all are real.
+
+        A first, long, unpadded chunk is borrowed, not copied: the caller packs it and then calls `shrink`.
+        """
+        n = k.shape[2]
+        start = self.uniform
+        if valid is None and start == 0 and n > SLACK:
+            self.k, self.v, self.borrowed = k, v, True
+            self.count = [n] * len(self.count)
+            return
+        if valid is None and start is not None:
+            self.reserve(start + n)
+            self.k[:, :, start : start + n] = k
+            self.v[:, :, start : start + n] = v
+            self.count = [start + n] * len(self.count)
+            return
+        added = [n] * len(self.count) if valid is None else valid.sum(1).tolist()
+        self.reserve(max(c + a for c, a in zip(self.count, added, strict=True)))
+        for b, (c, a) in enumerate(zip(self.count, added, strict=True)):
+            keep = slice(None) if valid is None else valid[b].nonzero().squeeze(1).to(k.device)
+            self.k[b, :, c : c + a] = k[b, :, keep]
+            self.v[b, :, c : c + a] = v[b, :, keep]
+            self.count[b] = c + a
+
+    def drop_front(self, rows: list[int], tokens: int, capacity: int) -> None:
+        """Forget the oldest `tokens` tokens of these sequences, then fall back to `capacity` if the buffer is far larger."""
+        everyone = len(rows) == len(self.count)
+        left = max(self.count[b] - tokens for b in rows)
+        if self.borrowed and not everyone:
+            self.resize(max(self.count))
+        if everyone and (self.borrowed or self.k.shape[2] > 2 * max(capacity, left)):
+            room = max(capacity, left)
+
+            def move(old: Tensor) -> Tensor:
+                new = old.new_zeros(*old.shape[:2], room, old.shape[3])
+                new[:, :, :left] = old[:, :, tokens : tokens + left]
+                return new
+
+            self.k, self.v, self.borrowed = move(self.k), move(self.v), False
+        else:
+            index = slice(None) if everyone else torch.tensor(rows, device=self.k.device)
+            for buffer in (self.k, self.v):
+                buffer[index, :, :left] = buffer[index, :, tokens : tokens + left].clone()
+        for b in rows:
+            self.count[b] -= tokens
+
+    def put_front(self, b: int, k: Tensor, v: Tensor) -> None:
+        """Insert tokens [h, n, D] before the oldest token of sequence b."""
+        n, c = k.shape[1], self.count[b]
+        self.reserve(max(max(self.count), n + c))
+        for buffer, new in ((self.k, k), (self.v, v)):
+            buffer[b, :, n : n + c] = buffer[b, :, :c].clone()
+            buffer[b, :, :n] = new.to(buffer.dtype)
+        self.count[b] = n + c
+
+    def own(self) -> None:
+        """Copy a borrowed buffer, so that later appends do not write into the caller's tensors."""
+        if self.borrowed:
+            self.resize(max(self.count))
+
+    def select(self, index: Tensor) -> None:
+        """Keep these sequences, in this order (beams, batch selection)."""
+        rows = index.tolist()
+        self.k, self.v = self.k.index_select(0, index.to(self.k.device)), self.v.index_select(0, index.to(self.v.device))
+        self.borrowed = False
+        self.count = [self.count[r] for r in rows]
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token of one sequence, keys and values, all heads."""
+        return self.k.shape[1] * (self.k.shape[3] * self.k.element_size() + self.v.shape[3] * self.v.element_size())

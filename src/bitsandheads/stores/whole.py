@@ -1,0 +1,61 @@
+"""Heads that are stored as they are: every token, in the model's dtype."""
+
+from torch import Tensor
+
+from ..ops.heads import HeadSet
+from .base import Memory, Prompt, Store
+
+
+class WholeStore(Store):
+    """All tokens whole. With keep_padding, padding tokens are stored too, as transformers' own cache does."""
+
+    def __init__(self, kv_heads: tuple[int, ...], k: Tensor, v: Tensor, keep_padding: bool = False) -> None:
+        super().__init__(kv_heads, k, v)
+        self.keep_padding = keep_padding
+
+    def append(self, k: Tensor, v: Tensor, valid: Tensor | None) -> None:
+        """See Store.append."""
+        self.tail.append(k, v, None if self.keep_padding else valid)
+        self._sync()
+
+    def _sync(self) -> None:
+        zeros = [0] * len(self.tail.count)
+        self._sync_lengths(zeros, zeros)
+
+    def compress(self, prompt: Prompt | None) -> None:
+        """Nothing to pack; only stop sharing memory with the caller's tensors."""
+        self.tail.own()
+
+    def crop(self, remove: list[int]) -> None:
+        """See Store.crop."""
+        self.tail.count = [c - r for c, r in zip(self.tail.count, remove, strict=True)]
+        self._sync()
+
+    def heads(self) -> HeadSet:
+        """See Store.heads."""
+        return HeadSet(self.kv_heads, self.tail.k, self.tail.v, self.lengths)
+
+    @property
+    def lossless(self) -> bool:
+        """True while all sequences have the same length."""
+        return self.tail.uniform is not None
+
+    def memory(self) -> Memory:
+        """See Store.memory."""
+        out = Memory()
+        out.add("whole", sum(self.tail.count) * self.tail.token_bytes, self.tail.k.nbytes + self.tail.v.nbytes)
+        return out
+
+    def tensors(self) -> dict[str, Tensor]:
+        """See Store.tensors."""
+        used = max(self.tail.count)
+        return {"tail_k": self.tail.k[:, :, :used], "tail_v": self.tail.v[:, :, :used]}
+
+    def state(self) -> dict[str, object]:
+        """See Store.state."""
+        return {"tail": self.tail.count}
+
+    def restore(self, tensors: dict[str, Tensor], state: dict[str, object]) -> None:
+        """See Store.restore."""
+        self.tail.k, self.tail.v, self.tail.count = tensors["tail_k"], tensors["tail_v"], list(state["tail"])  # type: ignore[call-overload]
+        self._sync()

@@ -1,0 +1,115 @@
+"""Windowed heads: the first real tokens and the most recent ones, whole; everything between is dropped (StreamingLLM, RLKV)."""
+
+import torch
+from torch import Tensor
+
+from ..errors import CacheStateError
+from ..ops.heads import HeadSet
+from .base import Memory, Prompt, Store
+from .tail import Tail
+
+ROLLBACK = 16  # tokens beyond the window that are kept so that `crop` (assisted decoding) can step back
+
+
+class WindowStore(Store):
+    """sink + recent tokens in fixed memory: recent + ROLLBACK to recent + 2 ROLLBACK tokens of the tail are held."""
+
+    def __init__(self, kv_heads: tuple[int, ...], k: Tensor, v: Tensor, sink: int, recent: int) -> None:
+        super().__init__(kv_heads, k, v)
+        self.sink, self.recent = sink, recent
+        self.first = Tail(k, v)
+        self.dropped = [0] * k.shape[0]
+
+    def append(self, k: Tensor, v: Tensor, valid: Tensor | None) -> None:
+        """See Store.append. The first real tokens go to the sink, the others to the tail."""
+        missing = self.sink - min(self.first.count) if self.sink else 0
+        if missing <= 0:
+            self.tail.append(k, v, valid)
+        else:
+            real = torch.ones(k.shape[0], k.shape[2], dtype=torch.bool) if valid is None else valid
+            room = torch.tensor([self.sink - c for c in self.first.count])[:, None]
+            early = real & (real.cumsum(1) <= room)
+            last = int(early.any(0).nonzero().max()) + 1
+            self.first.reserve(self.sink)
+            self.first.append(k[:, :, :last], v[:, :, :last], early[:, :last])
+            late = real & ~early
+            start = self._skip(late) if not any(self.tail.count) else 0
+            self.tail.append(k[:, :, start:], v[:, :, start:], late[:, start:])
+        self._sync()
+
+    def _skip(self, late: Tensor) -> int:
+        """First column of a prompt that must be stored: earlier ones would be dropped at once. Counts them as dropped."""
+        keep = self.recent + ROLLBACK
+        columns = [row.nonzero().squeeze(1) for row in late]
+        start = min(int(c[-min(keep, len(c))]) if len(c) else late.shape[1] for c in columns)
+        for b, n in enumerate(late[:, :start].sum(1).tolist()):
+            self.dropped[b] += n
+        return start
+
+    def _sync(self) -> None:
+        self._sync_lengths(self.first.count, [0] * len(self.first.count))
+
+    def compress(self, prompt: Prompt | None) -> None:
+        """Drop what no later query can see, once it is worth a move."""
+        keep = self.recent + ROLLBACK
+        for count in sorted({c for c in self.tail.count if c >= keep + ROLLBACK}):
+            rows = [r for r, c in enumerate(self.tail.count) if c == count]
+            self.tail.drop_front(rows, count - keep, keep + ROLLBACK)
+            for r in rows:
+                self.dropped[r] += count - keep
+        self.tail.own()
+        self._sync()
+
+    def crop(self, remove: list[int]) -> None:
+        """See Store.crop. Impossible once tokens of the window before the crop have been dropped."""
+        for b, r in enumerate(remove):
+            if self.dropped[b] and self.tail.count[b] - r < self.recent:
+                raise CacheStateError(
+                    f"crop removes {r} tokens, but a windowed head holds only its newest {self.tail.count[b]} tokens and its window of "
+                    f"{self.recent} would be incomplete; at most {max(self.tail.count[b] - self.recent, 0)} can be removed now. "
+                    "Start again with reset(), or use a plan without windowed heads."
+                )
+        for b, r in enumerate(remove):
+            beyond = max(r - self.tail.count[b], 0)
+            self.tail.count[b] -= r - beyond
+            self.first.count[b] -= beyond
+        self._sync()
+
+    def heads(self) -> HeadSet:
+        """See Store.heads."""
+        return HeadSet(
+            self.kv_heads, self.tail.k, self.tail.v, self.lengths, sink_k=self.first.k, sink_v=self.first.v, window=self.recent
+        )
+
+    def select(self, index: Tensor) -> None:
+        """See Store.select."""
+        super().select(index)
+        self.first.select(index)
+        self.dropped = [self.dropped[i] for i in index.tolist()]
+
+    @property
+    def lossless(self) -> bool:
+        """True while nothing was dropped and all sequences have the same length."""
+        return not any(self.dropped) and self.tail.uniform is not None and self.first.uniform is not None
+
+    def memory(self) -> Memory:
+        """See Store.memory."""
+        out = Memory()
+        for tail in (self.first, self.tail):
+            out.add("window", sum(tail.count) * tail.token_bytes, tail.k.nbytes + tail.v.nbytes)
+        return out
+
+    def tensors(self) -> dict[str, Tensor]:
+        """See Store.tensors."""
+        return {"sink_k": self.first.k, "sink_v": self.first.v, "tail_k": self.tail.k, "tail_v": self.tail.v}
+
+    def state(self) -> dict[str, object]:
+        """See Store.state."""
+        return {"sink": self.first.count, "tail": self.tail.count, "dropped": self.dropped}
+
+    def restore(self, tensors: dict[str, Tensor], state: dict[str, object]) -> None:
+        """See Store.restore."""
+        self.first.k, self.first.v, self.first.count = tensors["sink_k"], tensors["sink_v"], list(state["sink"])  # type: ignore[call-overload]
+        self.tail.k, self.tail.v, self.tail.count = tensors["tail_k"], tensors["tail_v"], list(state["tail"])  # type: ignore[call-overload]
+        self.dropped = list(state["dropped"])  # type: ignore[call-overload]
+        self._sync()
