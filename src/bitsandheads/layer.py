@@ -1,7 +1,7 @@
 """One compressed layer: stages a chunk, attends over what it holds, then packs. Knows nothing of transformers."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ class ChunkMask:
 
 def read_mask(mask: Tensor | None, n: int) -> ChunkMask:
     """Understand a mask of transformers: None, bool or additive [B, 1, n, all tokens], or padding [B, all tokens]."""
-    if mask is None or n == 1:
+    if mask is None or (n == 1 and mask.is_cuda and torch.cuda.is_current_stream_capturing()):
         return ChunkMask(None, None)
     if mask.ndim == 2:
         seen = mask[:, -n:].bool().cpu()
@@ -75,6 +75,7 @@ class CompressedLayer:
         self.segments: list[Segment] = []
         self.staged: tuple[Tensor, Tensor] | None = None
         self.token_scores: Tensor | None = None
+        self.scores: list[Tensor] | None = None
 
     # -- lengths ----------------------------------------------------------------------------------------------------------------
 
@@ -161,7 +162,8 @@ class CompressedLayer:
         self.staged = None
         n = k.shape[2]
         first = not self.segments
-        exact = first or self._whole_so_far(chunk)
+        self._take_scores(n, chunk)
+        exact = first or self._whole_so_far(chunk, n)
         if exact:
             keys, values = (k, v) if first else self._with_history(k, v)
             out = base(q, keys, values)
@@ -177,23 +179,40 @@ class CompressedLayer:
         del k, v
         for store in self.stores:
             store.compress(self._prompt(q, store, chunk))
-        self.token_scores = None
         return out
 
-    def _whole_so_far(self, chunk: ChunkMask) -> bool:
-        """Whether the model's own attention over the tokens held gives what DynamicCache would give, bit for bit."""
+    def _take_scores(self, n: int, chunk: ChunkMask) -> None:
+        """Note the chunk's given token scores; tokens that come without are the least salient."""
+        given, self.token_scores = self.token_scores, None
+        if not any(g.quant is not None and g.quant.salience is not None and g.quant.salience.by == "given" for g in self.groups):
+            return
+        if given is None and not self.segments:
+            raise CacheStateError(
+                'The plan protects salient tokens by given scores (Salience.by="given"), but none were given. Call '
+                'cache.set_token_scores(scores) with float scores [batch, prompt tokens] before the prompt, or use by="attention".'
+            )
+        if given is None:
+            given = torch.full((self.batch, n), -torch.inf)
+        if list(given.shape) != [self.batch, n]:
+            raise ShapeError(
+                f"Token scores have shape {list(given.shape)}; the prompt has {self.batch} sequences of {n} tokens. Give [{self.batch}, {n}]."
+            )
+        new = [r if chunk.valid is None else r[chunk.valid[b].to(r.device)] for b, r in enumerate(given)]
+        self.scores = new if self.scores is None else [torch.cat([s, r.to(s)]) for s, r in zip(self.scores, new, strict=True)]
+
+    def _whole_so_far(self, chunk: ChunkMask, n: int) -> bool:
+        """n: tokens of the chunk. Whether the model's own attention over the tokens held gives what DynamicCache would give, bit for bit."""
         if any(isinstance(s, WholeStore) and s.keep_padding for s in self.stores):
             return True
         if ops.resolve_backend(self.backend, self.stores[0].tail.k.device) != "reference":
             return False
         padded = chunk.valid is not None or any(s.valid is not None for s in self.segments)
-        return not padded and all(s.lossless for s in self.stores) and self._windows_open()
+        return not padded and all(s.lossless for s in self.stores) and self._windows_open(n)
 
-    def _windows_open(self) -> bool:
-        """No window hides a token from the newest query of the staged chunk."""
-        assert self.staged is None
-        n = self.stored_tokens
-        return all(not isinstance(s, WindowStore) or n < s.recent for s in self.stores)
+    def _windows_open(self, n: int) -> bool:
+        """No window hides a token from the newest query of the chunk of n tokens."""
+        total = self.stored_tokens + n
+        return all(not isinstance(s, WindowStore) or total <= s.sink + s.recent for s in self.stores)
 
     def _with_history(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         n = self.stored_tokens
@@ -203,8 +222,8 @@ class CompressedLayer:
             heads, at = list(store.kv_heads), 0
             for tail in (store.first, store.tail) if isinstance(store, WindowStore) else (store.tail,):
                 count = tail.count[0]
-                keys[:, heads, at : at + count] = tail.k[:, :, :count]
-                values[:, heads, at : at + count] = tail.v[:, :, :count]
+                keys[:, heads, at : at + count] = tail.k[:, :, :count].to(k.dtype)
+                values[:, heads, at : at + count] = tail.v[:, :, :count].to(v.dtype)
                 at += count
         keys[:, :, n:], values[:, :, n:] = k, v
         return keys, values
@@ -226,23 +245,28 @@ class CompressedLayer:
             weight = torch.ones(q.shape[0], n, device=q.device)
         else:
             weight = chunk.valid[:, -n:].to(device=q.device, dtype=torch.float32)
-        scores = None
-        if self.token_scores is not None:
-            rows = self.token_scores
-            scores = [r if chunk.valid is None else r[chunk.valid[b].to(r.device)] for b, r in enumerate(rows)]
-        return Prompt(queries, weight, scores)
+        return Prompt(queries, weight, self.scores)
 
     # -- the rest of the cache contract -------------------------------------------------------------------------------------------
 
+    def check_crop(self, remove: int) -> None:
+        """Raise CacheStateError, and change nothing, where `crop(remove)` is impossible."""
+        if 0 < remove < self.tokens:
+            self._crop(remove, check=True)
+
     def crop(self, remove: int) -> None:
-        """Forget the newest `remove` logical tokens."""
+        """Forget the newest `remove` logical tokens. Raises CacheStateError, and changes nothing, where that is impossible."""
         if remove <= 0:
             return
         if remove >= self.tokens:
             self.reset()
             return
+        self._crop(remove, check=True)
+        self._crop(remove, check=False)
+
+    def _crop(self, remove: int, check: bool) -> None:
         real = [0] * self.batch
-        left, segments = remove, list(self.segments)
+        left, segments = remove, [replace(s) for s in self.segments]
         while left:
             last = segments.pop()
             cut = min(left, last.tokens)
@@ -254,12 +278,20 @@ class CompressedLayer:
             left -= cut
         for store in self.stores:
             keeps = isinstance(store, WholeStore) and store.keep_padding
-            store.crop([remove] * self.batch if keeps else real)
+            count = [remove] * self.batch if keeps else real
+            if check:
+                store.check_crop(count)
+            else:
+                store.crop(count)
+        if check:
+            return
         self.segments = segments
+        if self.scores is not None:
+            self.scores = [s[: len(s) - r] for s, r in zip(self.scores, real, strict=True)]
 
     def reset(self) -> None:
         """Forget everything."""
-        self.stores, self.segments, self.staged, self.token_scores = [], [], None, None
+        self.stores, self.segments, self.staged, self.token_scores, self.scores = [], [], None, None, None
 
     def select(self, index: Tensor) -> None:
         """Keep these sequences, in this order."""
@@ -268,6 +300,8 @@ class CompressedLayer:
             store.select(rows)
         for s in self.segments:
             s.valid = None if s.valid is None else s.valid[rows]
+        if self.scores is not None:
+            self.scores = [self.scores[i] for i in rows.tolist()]
 
     def residual_tokens(self) -> int:
         """Tokens times KV heads that quantized heads hold whole in their residual, over all sequences."""

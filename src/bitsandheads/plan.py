@@ -9,6 +9,7 @@ from typing import Any
 from .errors import PlanError
 from .quant.spec import AxisClass, KVQuant, Salience, TensorQuant
 from .quant.tile import TileLayout
+from .stores.packed import RECENT_QUERIES
 from .stores.window import ROLLBACK
 
 FORMAT_VERSION = 1
@@ -191,7 +192,7 @@ class ResolvedPlan:
     def bytes_for(self, tokens: int, batch: int = 1, itemsize: int = 2) -> int:
         """See CachePlan.bytes_for."""
         return batch * sum(
-            group_bytes(g, s.head_dim, tokens, itemsize) for s, groups in zip(self.shapes, self.layers, strict=True) for g in groups or ()
+            group_bytes(g, s, tokens, itemsize) for s, groups in zip(self.shapes, self.layers, strict=True) for g in groups or ()
         )
 
     def bits_for(self, tokens: int, itemsize: int = 2) -> float:
@@ -209,7 +210,7 @@ class ResolvedPlan:
             where = _ranges(members)
             for g in groups or ():
                 heads = len(g.kv_heads or ())
-                size = group_bytes(g, shape.head_dim, tokens, 2)
+                size = group_bytes(g, shape, tokens, 2)
                 bits = 8 * size / (2 * heads * shape.head_dim * tokens)
                 rows.append((where, _ranges(list(g.kv_heads or ())), describe(g), f"{size * len(members) / 1e6:.1f}", f"{bits:.2f}"))
             if groups is None:
@@ -219,9 +220,9 @@ class ResolvedPlan:
         return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(r, widths, strict=True)).rstrip() for r in rows)
 
 
-def group_bytes(group: HeadGroup, head_dim: int, tokens: int, itemsize: int) -> int:
+def group_bytes(group: HeadGroup, shape: LayerShape, tokens: int, itemsize: int) -> int:
     """Bytes in use of one head group of one sequence after an unpadded prompt of `tokens` tokens."""
-    heads = len(group.kv_heads or ())
+    heads, head_dim = len(group.kv_heads or ()), shape.head_dim
     token = 2 * heads * head_dim * itemsize
     if group.window is not None:
         tail = max(tokens - group.window.sink, 0)
@@ -231,19 +232,17 @@ def group_bytes(group: HeadGroup, head_dim: int, tokens: int, itemsize: int) -> 
     if group.quant is None:
         return token * tokens
     quant = group.quant
-    least = -(-quant.basis_tokens // quant.tile) * quant.tile
-    body = tokens - quant.sink - quant.residual
-    statistics = any(s.query_weighted or s.order == "query" for s in (quant.keys, quant.values))
-    if body < least:
-        return token * tokens + (4 * heads * (head_dim + 1) if statistics else 0)
-    tiles = body // quant.tile
+    tiles = quant.start_tiles(tokens)
+    if not tiles:
+        seen = min(tokens, RECENT_QUERIES) if quant.needs_queries else 0
+        return token * tokens + seen * (heads * (shape.q_heads // shape.kv_heads) * head_dim * itemsize + 4)
     salient = round(quant.salience.share * tiles) if quant.salience is not None else 0
     layout = TileLayout.of(quant, head_dim)
     packed = (tiles - salient) * layout.nbytes
     if salient and quant.salience is not None:
         better = dataclasses.replace(quant.values, classes=quant.salience.classes)
         packed += salient * TileLayout.of(quant, head_dim, better).nbytes
-    basis = sum(_basis_bytes(s, head_dim) for s in (quant.keys, quant.values))
+    basis = sum(_basis_bytes(s, head_dim) for s in (quant.keys, quant.values)) + 4 * quant.heavy
     return token * (tokens - tiles * quant.tile) + heads * (packed + basis)
 
 
@@ -268,8 +267,9 @@ def describe(group: HeadGroup) -> str:
         turned = f" {spec.transform}" if spec.transform != "none" else ""
         return f"{classes}{f' ({shares})' if len(spec.classes) > 1 else ''}{turned}{ranked} per {spec.per}"
 
+    whole = f"+{q.heavy} by attention" if q.heavy else ""
     extra = f", {q.salience.share:g} salient by {q.salience.by}" if q.salience else ""
-    return f"K {half(q.keys)}; V {half(q.values)}{extra}; G={q.group_size} sink={q.sink} residual={q.residual} {q.metadata}"
+    return f"K {half(q.keys)}; V {half(q.values)}{extra}; G={q.group_size} sink={q.sink}{whole} residual={q.residual} {q.metadata}"
 
 
 def _ranges(items: list[int]) -> str:

@@ -94,6 +94,7 @@ def _layer_state(layer: CompressedLayer, index: int, tensors: dict[str, Tensor])
     for s, store in enumerate(layer.stores):
         tensors.update({f"{index}.{s}.{name}": t for name, t in store.tensors().items()})
         stores.append(store.state())
+    tensors.update({f"{index}.scores.{b}": s for b, s in enumerate(layer.scores or ())})
     segments = []
     for j, segment in enumerate(layer.segments):
         segments.append([segment.tokens, segment.valid is not None])
@@ -110,6 +111,7 @@ def _restore_layer(layer: CompressedLayer, state: dict[str, Any], tensors: dict[
     for s, (store, counts) in enumerate(zip(layer.stores, state["stores"], strict=True)):
         mine = {name.split(".", 1)[1]: t for name, t in tensors.items() if name.startswith(f"{s}.")}
         store.restore(mine, counts)
+    layer.scores = [tensors[f"scores.{b}"] for b in range(layer.batch)] if "scores.0" in tensors else None
     layer.segments = [
         Segment(tokens, tensors[f"valid.{j}"].cpu() if padded else None) for j, (tokens, padded) in enumerate(state["segments"])
     ]

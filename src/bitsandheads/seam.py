@@ -69,6 +69,7 @@ class LayerHandle:
         self.cache, self.layer = cache, layer
 
     def _refuse(self) -> NoReturn:
+        self.layer.staged = None  # so that the cache can be used once the attention is switched on
         raise AttentionNotEnabledError(
             "A compressed cache met an attention function that cannot read it. Call bitsandheads.enable(model) once before "
             "model.generate(..., past_key_values=cache), or use `with bitsandheads.enabled(model):`."
@@ -142,6 +143,11 @@ def enable(model: Any) -> None:
     AttentionInterface.register(name, _attention(base))
     AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
     part.set_attn_implementation(name)
+    if part.config._attn_implementation != name:
+        raise PlanError(
+            f"{type(part).__name__} does not take its attention from transformers' registry, so it cannot read compressed caches. "
+            "Use DynamicCache with this model, or a model class with AttentionInterface support."
+        )
 
 
 def disable(model: Any) -> None:
@@ -225,7 +231,7 @@ class CompressedCacheLayer(CacheLayerMixin):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove -tokens_to_remove tokens; a positive number is the length to keep (transformers before 5.18)."""
-        self.layer.crop(-tokens_to_remove if tokens_to_remove <= 0 else max(self.layer.tokens - tokens_to_remove, 0))
+        self.layer.crop(-tokens_to_remove if tokens_to_remove <= 0 else self.layer.tokens - tokens_to_remove)
 
     def offload(self) -> None:
         """Refused: a compressed layer stays where it is."""
@@ -295,9 +301,27 @@ class CompressedCache(Cache):
             layer.token_scores = scores
 
     def reset(self) -> None:
-        """Forget everything; the cache can be used again."""
-        super().reset()
+        """Forget everything; the cache can be used again, with another batch too."""
+        own = DynamicCache(config=self.config).layers  # a used layer of another class may keep its old batch size
+        for i, layer in enumerate(self.layers):
+            if isinstance(layer, CompressedCacheLayer):
+                layer.reset()
+            else:
+                self.layers[i] = own[i]
         self._seen_mask = None
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove -tokens_to_remove tokens; a positive number is the length to keep (transformers before 5.18).
+
+        Raises:
+            CacheStateError: a head no longer holds what would then be its newest tokens; nothing is changed in any layer.
+        """
+        tokens_to_remove = int(tokens_to_remove)  # transformers 5.16 hands over a tensor
+        if tokens_to_remove > 0:
+            tokens_to_remove = -max(self.get_seq_length() - tokens_to_remove, 0)
+        for layer in self.compressed_layers():
+            layer.check_crop(-tokens_to_remove)
+        super().crop(tokens_to_remove)
 
     def memory(self) -> Memory:
         """Bytes by part over all compressed layers, in use and allocated."""

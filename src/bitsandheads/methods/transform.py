@@ -12,7 +12,7 @@ def balanced() -> CachePlan:
         query_weighted=True,
     )
     values = TensorQuant((AxisClass(3, 0.25), AxisClass(2, 0.25), AxisClass(1, 0.25), AxisClass(0, 0.25)), transform="principal")
-    return CachePlan("balanced", (HeadGroup(quant=KVQuant(keys, values, metadata="fp8", sink=8)),), note="transform coding")
+    return CachePlan("balanced", (HeadGroup(quant=KVQuant(keys, values, metadata="fp8", sink=2, heavy=6)),), note="transform coding")
 
 
 def extreme() -> CachePlan:
@@ -20,4 +20,4 @@ def extreme() -> CachePlan:
     light = (AxisClass(3, 0.25), AxisClass(1, 0.25), AxisClass(0, 0.5))
     keys = TensorQuant(light, transform="principal", query_weighted=True)
     values = TensorQuant(light, transform="principal")
-    return CachePlan("extreme", (HeadGroup(quant=KVQuant(keys, values, metadata="fp8", sink=8)),), note="transform coding")
+    return CachePlan("extreme", (HeadGroup(quant=KVQuant(keys, values, metadata="fp8", sink=2, heavy=6)),), note="transform coding")

@@ -145,6 +145,8 @@ class KVQuant:
         tile: tokens that are packed at once; 16, 32, 64 or 128.
         residual: the newest tokens that stay whole: `residual` to residual + tile - 1 of them.
         sink: the first real tokens, which stay whole.
+        heavy: further whole tokens of each KV head: those that draw the most attention from the newest queries when packing
+            starts (heavy hitters; they are taken out of the packed tokens, whose order does not matter to attention).
         basis_tokens: packing starts when this many tokens (beside sink and residual) are there, so that ranks and
             rotations rest on enough of them; later groups keep the basis that was found then.
         metadata: "fp16" or "fp8" (e4m3 with one fp16 factor for each head, group and array).
@@ -157,9 +159,21 @@ class KVQuant:
     tile: int = 128
     residual: int = 128
     sink: int = 32
+    heavy: int = 0
     basis_tokens: int = 128
     metadata: MetadataFormat = "fp16"
     salience: Salience | None = None
+
+    @property
+    def needs_queries(self) -> bool:
+        """Whether the newest queries steer the codes, so that they must be kept until packing starts."""
+        ranked = any(s.query_weighted or s.order == "query" for s in (self.keys, self.values))
+        return ranked or self.heavy > 0 or (self.salience is not None and self.salience.by == "attention")
+
+    def start_tiles(self, tokens: int) -> int:
+        """Tiles that are packed when packing starts with `tokens` real tokens; 0: it does not start yet."""
+        body = tokens - self.sink - self.heavy - self.residual
+        return body // self.tile if body >= -(-self.basis_tokens // self.tile) * self.tile else 0
 
     def __post_init__(self) -> None:
         _one_of("KVQuant.tile", self.tile, TILE_SIZES)
@@ -167,6 +181,7 @@ class KVQuant:
         _one_of("KVQuant.metadata", self.metadata, MetadataFormat)
         _whole("KVQuant.residual", self.residual, 0)
         _whole("KVQuant.sink", self.sink, 0)
+        _whole("KVQuant.heavy", self.heavy, 0)
         _whole("KVQuant.basis_tokens", self.basis_tokens, 1)
         if self.group_size > self.tile:
             raise PlanError(f"KVQuant.group_size {self.group_size} is larger than the tile of {self.tile} tokens; make the tile larger.")

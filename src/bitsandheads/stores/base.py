@@ -15,7 +15,8 @@ class Memory:
     """Bytes by part. in_use: what tokens occupy; allocated: what the tensors hold, spare capacity included.
 
     Parts: "sink", "codes", "metadata" (steps, centres, factors and padding of tiles), "residual" (the whole-precision tail of
-    quantized heads), "window", "whole" (heads that are stored as they are), "basis" (rotations, means, ranks), "statistics".
+    quantized heads), "window", "whole" (heads that are stored as they are), "basis" (rotations, means, ranks, positions of heavy tokens),
+    "statistics" (the newest queries, held until packing starts).
     """
 
     in_use: dict[str, int] = field(default_factory=dict)
@@ -39,7 +40,7 @@ class Prompt:
     Attributes:
         queries: [B, h, group, n, D], the newest queries of the chunk, grouped by KV head of the store.
         weight: float [B, n], 0 for padding rows.
-        scores: per sequence, float [real tokens of the chunk], or None.
+        scores: per sequence, float [all its real tokens so far], or None.
     """
 
     queries: Tensor
@@ -67,9 +68,12 @@ class Store(ABC):
     def compress(self, prompt: Prompt | None) -> None:
         """Pack or drop what is due. Called after the chunk was attended to."""
 
+    def check_crop(self, remove: list[int]) -> None:  # noqa: B027 - most stores can always crop
+        """Raise CacheStateError where `crop(remove)` is impossible; change nothing."""
+
     @abstractmethod
     def crop(self, remove: list[int]) -> None:
-        """Forget the newest remove[b] real tokens of each sequence; CacheStateError where that is impossible."""
+        """Forget the newest remove[b] real tokens of each sequence. The caller has called `check_crop`."""
 
     @abstractmethod
     def heads(self) -> HeadSet:

@@ -1,6 +1,6 @@
 """Quantized heads: sink | packed tiles, written once | residual of the newest tokens, whole."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,7 +14,8 @@ from ..quant.tile import TileLayout
 from .base import Memory, Prompt, Store
 from .tail import Tail
 
-RECENT_QUERIES = 256  # newest queries of a chunk whose energy and attention steer the codes
+RECENT_QUERIES = 256  # newest queries whose energy and attention steer the codes
+MASS_ELEMENTS = 1 << 25  # scores that attention_mass holds at once
 
 
 class Bank:
@@ -44,6 +45,37 @@ class Bank:
         self.count = [self.count[i] for i in index.tolist()]
 
 
+@dataclass
+class Recent:
+    """The newest queries, kept until packing starts. q: [B, h, query heads of a KV head, n, D]; weight: float32 [B, n], 0 for padding."""
+
+    q: Tensor
+    weight: Tensor
+
+    def energy(self, index: slice | Tensor) -> Tensor:
+        """Mean squared query of each channel, float32 [rows, h, D]."""
+        q, w = self.q[index].float(), self.weight[index]
+        total = torch.einsum("bhgnd,bn->bhd", q.square(), w) / q.shape[2]
+        return total / w.sum(1).clamp(min=1)[:, None, None]
+
+    def attention_mass(self, index: slice | Tensor, k: Tensor) -> Tensor:
+        """Attention that each key draws from these queries, which are those of the newest keys.
+
+        k: [rows, h, T, D] -> float32 [rows, h, T].
+        """
+        q, w = self.q[index], self.weight[index]
+        total, n = k.shape[2], q.shape[3]
+        mass = torch.zeros(k.shape[:3], device=k.device)
+        step = max(1, MASS_ELEMENTS // (q.shape[0] * q.shape[1] * q.shape[2] * total))
+        place = torch.arange(total, device=k.device)
+        for i in range(0, n, step):
+            scores = torch.einsum("bhgnd,bhtd->bhgnt", q[:, :, :, i : i + step], k).float() * k.shape[-1] ** -0.5
+            own = (torch.arange(i, min(i + step, n), device=k.device) + total - n).clamp(min=0)  # padding rows, weight 0, see one key
+            scores = scores.masked_fill(place > own[:, None], -torch.inf)
+            mass += torch.einsum("bhgnt,bn->bht", scores.softmax(-1), w[:, i : i + step])
+        return mass
+
+
 class PackedStore(Store):
     """One head group under a KVQuant. See quant.spec.KVQuant for the rules, quant.tile for the bytes."""
 
@@ -61,11 +93,9 @@ class PackedStore(Store):
             self.salient = Bank(TileLayout.of(quant, dim, better), batch, heads, k.device)
         self.basis: tuple[Basis, Basis] = ({}, {})
         self.started = [False] * batch
-        self.energy: Tensor | None = torch.zeros(batch, heads, dim + 1, device=k.device) if self._needs_energy else None
-
-    @property
-    def _needs_energy(self) -> bool:
-        return any(s.query_weighted or s.order == "query" for s in (self.quant.keys, self.quant.values))
+        self.recent: Recent | None = None
+        self.positions = torch.zeros(batch, heads, quant.heavy, dtype=torch.int32, device=k.device)
+        self.start_tiles = [0] * batch
 
     def append(self, k: Tensor, v: Tensor, valid: Tensor | None) -> None:
         """See Store.append."""
@@ -79,11 +109,10 @@ class PackedStore(Store):
         """Pack every full tile that is older than the residual."""
         self._observe(prompt)
         quant = self.quant
-        least = -(-quant.basis_tokens // quant.tile) * quant.tile
         due: dict[tuple[int, int, bool, int], list[int]] = {}
         for b, count in enumerate(self.tail.count):
-            sink = 0 if self.started[b] else quant.sink
-            if count - sink - quant.residual >= (quant.tile if self.started[b] else least):
+            ready = (count - quant.residual) // quant.tile if self.started[b] else quant.start_tiles(count)
+            if ready > 0:
                 key = (count, self.bank.count[b], self.started[b], self.salient.count[b] if self.salient else 0)
                 due.setdefault(key, []).append(b)
         for (count, _, started, _), rows in due.items():
@@ -92,36 +121,40 @@ class PackedStore(Store):
         if due:
             self._sync()
         if all(self.started):
-            self.energy = None
+            self.recent = None
 
     def _observe(self, prompt: Prompt | None) -> None:
-        """Add the chunk's newest queries to the statistics, while a sequence has no basis yet."""
-        if self.energy is None or prompt is None:
+        """Remember the chunk's newest queries, while a sequence has not started."""
+        if prompt is None or not self.quant.needs_queries or all(self.started):
             return
-        q, w = prompt.queries.float(), prompt.weight
-        self.energy[..., :-1] += torch.einsum("bhgnd,bn->bhd", q.square(), w) / q.shape[2]
-        self.energy[..., -1] += w.sum(1)[:, None]
+        q, w = prompt.queries.to(self.tail.k.dtype), prompt.weight
+        if self.recent is not None:
+            q, w = torch.cat([self.recent.q, q], 3), torch.cat([self.recent.weight, w], 1)
+        self.recent = Recent(q[:, :, :, -RECENT_QUERIES:], w[:, -RECENT_QUERIES:])
 
     def _pack(self, rows: list[int], count: int, started: bool, prompt: Prompt | None) -> None:
         quant = self.quant
         everyone = len(rows) == len(self.tail.count)
         index = slice(None) if everyone else torch.tensor(rows, device=self.tail.k.device)
-        sink = 0 if started else quant.sink
-        n = (count - sink - quant.residual) // quant.tile
-        end = sink + n * quant.tile
-        whole_k, whole_v = self.tail.k[index, :, :end], self.tail.v[index, :, :end]
-        k, v = whole_k[:, :, sink:].float(), whole_v[:, :, sink:].float()
+        n = (count - quant.residual) // quant.tile if started else quant.start_tiles(count)
+        end = n * quant.tile + (0 if started else quant.sink + quant.heavy)
+        k, v = self.tail.k[index, :, :end], self.tail.v[index, :, :end]
         self._check_finite(k, "keys")
         self._check_finite(v, "values")
+        mass = None
         if not started:
-            self._start(rows, index, whole_k[:, :, :sink], whole_v[:, :, :sink], k, v)
+            mass = self._mass(rows, index, count, prompt)
+            k, v, mass = self._set_apart(rows, index, k, v, mass)
+            self._find_basis(index, k.float(), v.float())
+            for b in rows:
+                self.first.count[b] = quant.sink + quant.heavy
+                self.start_tiles[b], self.started[b] = n, True
+        k, v = k.float(), v.float()
         basis = tuple({name: t[index] for name, t in half.items()} for half in self.basis)
-        salient = 0
-        if self.salient is not None and not started and prompt is not None:
-            salient = round(quant.salience.share * n) if quant.salience else 0
-        if salient and self.salient is not None:
-            order = self._salience(rows, index, prompt, k, sink).argsort(dim=-1, descending=True, stable=True)
+        salient = round(quant.salience.share * n) if quant.salience is not None and mass is not None else 0
+        if salient and self.salient is not None and mass is not None:
             chosen = salient * quant.tile
+            order = mass.argsort(dim=-1, descending=True, stable=True)
             order = torch.cat([order[..., :chosen].sort(-1)[0], order[..., chosen:].sort(-1)[0]], -1)[..., None]
             k, v = k.gather(2, order.expand_as(k)), v.gather(2, order.expand_as(v))
             self.salient.append(rows, self._tiles(self.salient.layout, k[:, :, :chosen], v[:, :, :chosen], basis))
@@ -134,6 +167,50 @@ class PackedStore(Store):
         halves = HalfCodec(layout.keys).pack(k, basis[0]), HalfCodec(layout.values).pack(v, basis[1])
         return torch.cat(halves, -1)
 
+    def _mass(self, rows: list[int], index: slice | Tensor, count: int, prompt: Prompt | None) -> Tensor | None:
+        """Salience [rows, h, count] of all tokens in the tail, or None when the plan does not ask for it."""
+        quant = self.quant
+        if quant.salience is not None and quant.salience.by == "given":
+            assert prompt is not None and prompt.scores is not None  # see CompressedLayer._take_scores
+            given = torch.stack([prompt.scores[b][:count] for b in rows]).to(self.tail.k.device)
+            return given.float()[:, None].expand(-1, self.tail.k.shape[1], -1)
+        if self.recent is None or not (quant.heavy or quant.salience):
+            return None
+        return self.recent.attention_mass(index, self.tail.k[index, :, :count])
+
+    def _set_apart(
+        self, rows: list[int], index: slice | Tensor, k: Tensor, v: Tensor, mass: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Move sink and heavy tokens to the whole ones; returns what is left to pack, in order."""
+        sink, heavy, end = self.quant.sink, self.quant.heavy, k.shape[2]
+        if not sink + heavy:
+            return k, v, None if mass is None else mass[..., :end]
+        order = torch.arange(end, device=k.device).expand(*k.shape[:2], end)
+        if heavy and mass is not None:
+            top = (mass[..., sink:end].topk(heavy, -1)[1] + sink).sort(-1)[0]
+            chosen = torch.zeros(k.shape[:3], dtype=torch.bool, device=k.device).scatter_(2, top, True)
+            chosen[..., :sink] = True
+            order = chosen.logical_not().int().argsort(dim=-1, stable=True)
+        whole = order[..., : sink + heavy]
+        self.positions[index] = whole[..., sink:].to(torch.int32)
+        self.first.reserve(sink + heavy)
+        parts = []
+        for buffer, x in ((self.first.k, k), (self.first.v, v)):
+            wide = order[..., None].expand_as(x)
+            sorted_x = x.gather(2, wide)
+            buffer[index, :, : sink + heavy] = sorted_x[:, :, : sink + heavy]
+            parts.append(sorted_x[:, :, sink + heavy :])
+        rest = None if mass is None else mass[..., :end].gather(2, order)[..., sink + heavy :]
+        return parts[0], parts[1], rest
+
+    def _find_basis(self, index: slice | Tensor, k: Tensor, v: Tensor) -> None:
+        energy = torch.ones_like(k[:, :, 0]) if self.recent is None else self.recent.energy(index)
+        for half, codec, x in zip(self.basis, self.codecs, (k, v), strict=True):
+            for name, t in codec.find_basis(x, energy).items():
+                if name not in half:
+                    half[name] = t.new_zeros(len(self.started), *t.shape[1:])
+                half[name][index] = t
+
     def _check_finite(self, x: Tensor, what: str) -> None:
         largest = x.abs().max().item()
         limit = FP16_MAX if self.quant.metadata == "fp16" else float("inf")
@@ -144,40 +221,16 @@ class PackedStore(Store):
                 "try bfloat16) or keep these heads whole in the plan."
             )
 
-    def _start(self, rows: list[int], index: slice | Tensor, sink_k: Tensor, sink_v: Tensor, k: Tensor, v: Tensor) -> None:
-        """Fill the sink and find the basis of sequences that are packed for the first time."""
-        if self.quant.sink:
-            self.first.reserve(self.quant.sink)
-            self.first.k[index, :, : self.quant.sink] = sink_k
-            self.first.v[index, :, : self.quant.sink] = sink_v
-        energy = torch.ones_like(k[:, :, 0])
-        if self.energy is not None:
-            counted = self.energy[index]
-            energy = counted[..., :-1] / counted[..., -1:].clamp(min=1)
-        for half, codec, x in zip(self.basis, self.codecs, (k, v), strict=True):
-            for name, t in codec.find_basis(x, energy).items():
-                if name not in half:
-                    half[name] = t.new_zeros(len(self.started), *t.shape[1:])
-                half[name][index] = t
-        for b in rows:
-            self.first.count[b] = self.quant.sink
-            self.started[b] = True
-
-    def _salience(self, rows: list[int], index: slice | Tensor, prompt: Prompt | None, k: Tensor, sink: int) -> Tensor:
-        """Scores [rows, h, T] of the tokens that are packed now."""
-        assert self.quant.salience is not None and prompt is not None
-        if self.quant.salience.by == "given":
-            if prompt.scores is None:
+    def check_crop(self, remove: list[int]) -> None:
+        """See Store.check_crop. Impossible into a prompt whose salient tokens were sorted when it was packed."""
+        for b, r in enumerate(remove):
+            in_order = (self.bank.count[b] - self.start_tiles[b]) * self.layout.tokens
+            beyond = r - self.tail.count[b]
+            if beyond > in_order and self.salient is not None and self.salient.count[b]:
                 raise CacheStateError(
-                    'The plan protects salient tokens by given scores (Salience.by="given"), but none were given. Call '
-                    'cache.set_token_scores(scores) with float scores [batch, prompt tokens] before the prompt, or use by="attention".'
+                    f"crop would remove {r} tokens of sequence {b}, of which only the newest {self.tail.count[b] + in_order} lie in order: "
+                    "the prompt's salient tokens were sorted when it was packed. Crop less, or reset() the cache."
                 )
-            given = torch.stack([prompt.scores[b][sink : sink + k.shape[2]] for b in rows]).to(k.device)
-            return given[:, None].expand(-1, k.shape[1], -1)
-        q = prompt.queries[index].float()
-        weight = prompt.weight[index][:, None, None, :, None]
-        scores = torch.einsum("bhgnd,bhtd->bhgnt", q, k) * k.shape[-1] ** -0.5
-        return (scores.softmax(-1) * weight).sum((2, 3))
 
     def crop(self, remove: list[int]) -> None:
         """See Store.crop. Packed tokens are opened again, a tile at a time, and wait in the residual to be packed anew."""
@@ -193,31 +246,39 @@ class PackedStore(Store):
     def _open(self, b: int, beyond: int) -> None:
         tokens = self.layout.tokens
         tiles = -(-beyond // tokens)
-        if tiles > self.bank.count[b]:
-            if self.salient is not None and self.salient.count[b]:
-                raise CacheStateError(
-                    f"crop would remove {beyond} packed tokens of sequence {b}, of which only the newest {self.bank.count[b] * tokens} "
-                    "lie in order: the prompt's salient tokens were sorted when it was packed. Crop less, or reset() the cache."
-                )
-            beyond -= self.bank.count[b] * tokens
-            self.bank.count[b] = 0
-            left = self.first.count[b] - beyond
-            self.first.count[b], self.started[b] = 0, False
-            self.tail.put_front(b, self.first.k[b, :, :left], self.first.v[b, :, :left])
-            if self._needs_energy and self.energy is None:
-                shape = (len(self.started), self.tail.k.shape[1], self.tail.k.shape[3] + 1)
-                self.energy = torch.zeros(shape, device=self.tail.k.device)
-            if self.energy is not None:
-                self.energy[b] = 0
+        if tiles > self.bank.count[b] - self.start_tiles[b]:
+            self._open_all(b, beyond)
             return
         last = self.bank.count[b]
-        data = self.bank.tiles[b : b + 1, :, last - tiles : last]
+        k, v = self._unpack(b, last - tiles, last)
         self.bank.count[b] = last - tiles
         keep = tiles * tokens - beyond
+        self.tail.put_front(b, k[:, :keep], v[:, :keep])
+
+    def _unpack(self, b: int, first: int, last: int) -> tuple[Tensor, Tensor]:
+        """Tiles first..last of sequence b, restored: [h, tokens, D]."""
+        halves = self.layout.split(self.bank.tiles[b : b + 1, :, first:last])
         parts = [
-            codec.unpack(half, {name: t[b : b + 1] for name, t in basis.items()})[0, :, :keep]
-            for codec, half, basis in zip(self.codecs, self.layout.split(data), self.basis, strict=True)
+            codec.unpack(half, {name: t[b : b + 1] for name, t in basis.items()})[0]
+            for codec, half, basis in zip(self.codecs, halves, self.basis, strict=True)
         ]
+        return parts[0], parts[1]
+
+    def _open_all(self, b: int, beyond: int) -> None:
+        """Restore the whole sequence, in order, without its newest `beyond` tokens; it is packed anew when it is long enough."""
+        whole = self.first.count[b]
+        packed = self._unpack(b, 0, self.bank.count[b]) if self.bank.count[b] else (self.tail.k[b, :, :0], self.tail.v[b, :, :0])
+        total = whole + packed[0].shape[1]
+        heavy = self.positions[b].long()
+        taken = torch.zeros(heavy.shape[0], total, dtype=torch.bool, device=heavy.device).scatter_(1, heavy, True)
+        taken[:, : whole - heavy.shape[1]] = True
+        place = taken.logical_not().int().argsort(dim=-1, stable=True)  # places of: sink, heavy, packed tokens
+        parts = []
+        for first, rest in zip((self.first.k, self.first.v), packed, strict=True):
+            tokens = torch.cat([first[b, :, :whole].float(), rest.float()], 1)
+            parts.append(torch.empty_like(tokens).scatter_(1, place[..., None].expand_as(tokens), tokens)[:, : total - beyond])
+        self.first.count[b], self.bank.count[b], self.start_tiles[b], self.started[b] = 0, 0, 0, False
+        self.recent = None
         self.tail.put_front(b, *parts)
 
     def heads(self) -> HeadSet:
@@ -250,8 +311,11 @@ class PackedStore(Store):
         for half in self.basis:
             for name, t in half.items():
                 half[name] = t.index_select(0, index.to(t.device))
-        if self.energy is not None:
-            self.energy = self.energy.index_select(0, index.to(self.energy.device))
+        where = index.to(self.positions.device)
+        if self.recent is not None:
+            self.recent = Recent(self.recent.q.index_select(0, where), self.recent.weight.index_select(0, where))
+        self.positions = self.positions.index_select(0, where)
+        self.start_tiles = [self.start_tiles[i] for i in index.tolist()]
         self.started = [self.started[i] for i in index.tolist()]
 
     def memory(self) -> Memory:
@@ -267,9 +331,9 @@ class PackedStore(Store):
             out.add("codes", used * codes, held * codes)
             out.add("metadata", used * (bank.layout.nbytes - codes), held * (bank.layout.nbytes - codes))
         out.add("residual", sum(self.tail.count) * self.tail.token_bytes, self.tail.k.nbytes + self.tail.v.nbytes)
-        basis = sum(t.nbytes for half in self.basis for t in half.values())
+        basis = sum(t.nbytes for half in self.basis for t in half.values()) + (self.positions.nbytes if any(self.started) else 0)
         out.add("basis", basis, basis)
-        statistics = 0 if self.energy is None else self.energy.nbytes
+        statistics = 0 if self.recent is None else self.recent.q.nbytes + self.recent.weight.nbytes
         out.add("statistics", statistics, statistics)
         return out
 
@@ -283,14 +347,18 @@ class PackedStore(Store):
             out["salient"] = self.salient.tiles[:, :, : max(self.salient.count)]
         for which, half in zip(("key", "value"), self.basis, strict=True):
             out |= {f"{which}_basis.{name}": t for name, t in half.items()}
-        if self.energy is not None:
-            out["energy"] = self.energy
+        out["positions"] = self.positions
+        if self.recent is not None:
+            out |= {"queries": self.recent.q, "weight": self.recent.weight}
         return out
 
     def state(self) -> dict[str, object]:
         """See Store.state."""
         salient = [] if self.salient is None else self.salient.count
-        return {"sink": self.first.count, "tail": self.tail.count, "tiles": self.bank.count, "salient": salient, "started": self.started}
+        return {"sink": self.first.count, "tail": self.tail.count, "tiles": self.bank.count, "salient": salient} | {
+            "started": self.started,
+            "start_tiles": self.start_tiles,
+        }
 
     def restore(self, tensors: dict[str, Tensor], state: dict[str, object]) -> None:
         """See Store.restore."""
@@ -302,6 +370,8 @@ class PackedStore(Store):
             self.salient.tiles, self.salient.count = tensors["salient"], list(counts["salient"])
         for which, half in zip(("key", "value"), self.basis, strict=True):
             half.update({n.split(".", 1)[1]: t for n, t in tensors.items() if n.startswith(f"{which}_basis.")})
-        self.energy = tensors.get("energy")
+        self.positions, self.start_tiles = tensors["positions"], list(counts["start_tiles"])
+        if "queries" in tensors:
+            self.recent = Recent(tensors["queries"], tensors["weight"])
         self.started = [bool(x) for x in counts["started"]]
         self._sync()

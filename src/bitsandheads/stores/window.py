@@ -19,22 +19,28 @@ class WindowStore(Store):
         self.sink, self.recent = sink, recent
         self.first = Tail(k, v)
         self.dropped = [0] * k.shape[0]
+        self.fresh = True
 
     def append(self, k: Tensor, v: Tensor, valid: Tensor | None) -> None:
-        """See Store.append. The first real tokens go to the sink, the others to the tail."""
-        missing = self.sink - min(self.first.count) if self.sink else 0
-        if missing <= 0:
+        """See Store.append. The first real tokens go to the sink, the others to the tail.
+
+        Of the first chunk, to which attention was full, only what a later query can see is copied; of a later chunk everything,
+        for its own queries see it yet.
+        """
+        fresh, self.fresh = self.fresh, False
+        if not fresh and min(self.first.count) == self.sink:
             self.tail.append(k, v, valid)
         else:
             real = torch.ones(k.shape[0], k.shape[2], dtype=torch.bool) if valid is None else valid
             room = torch.tensor([self.sink - c for c in self.first.count])[:, None]
             early = real & (real.cumsum(1) <= room)
-            last = int(early.any(0).nonzero().max()) + 1
+            last = max((int(row.nonzero().max()) + 1 for row in early if row.any()), default=0)
             self.first.reserve(self.sink)
             self.first.append(k[:, :, :last], v[:, :, :last], early[:, :last])
             late = real & ~early
-            start = self._skip(late) if not any(self.tail.count) else 0
-            self.tail.append(k[:, :, start:], v[:, :, start:], late[:, start:])
+            start = self._skip(late) if fresh else 0
+            late = late[:, start:]
+            self.tail.append(k[:, :, start:], v[:, :, start:], None if bool(late.all()) else late)
         self._sync()
 
     def _skip(self, late: Tensor) -> int:
@@ -60,8 +66,8 @@ class WindowStore(Store):
         self.tail.own()
         self._sync()
 
-    def crop(self, remove: list[int]) -> None:
-        """See Store.crop. Impossible once tokens of the window before the crop have been dropped."""
+    def check_crop(self, remove: list[int]) -> None:
+        """See Store.check_crop. Impossible once tokens of the window before the crop have been dropped."""
         for b, r in enumerate(remove):
             if self.dropped[b] and self.tail.count[b] - r < self.recent:
                 raise CacheStateError(
@@ -69,6 +75,9 @@ class WindowStore(Store):
                     f"{self.recent} would be incomplete; at most {max(self.tail.count[b] - self.recent, 0)} can be removed now. "
                     "Start again with reset(), or use a plan without windowed heads."
                 )
+
+    def crop(self, remove: list[int]) -> None:
+        """See Store.crop."""
         for b, r in enumerate(remove):
             beyond = max(r - self.tail.count[b], 0)
             self.tail.count[b] -= r - beyond
@@ -112,4 +121,5 @@ class WindowStore(Store):
         self.first.k, self.first.v, self.first.count = tensors["sink_k"], tensors["sink_v"], list(state["sink"])  # type: ignore[call-overload]
         self.tail.k, self.tail.v, self.tail.count = tensors["tail_k"], tensors["tail_v"], list(state["tail"])  # type: ignore[call-overload]
         self.dropped = list(state["dropped"])  # type: ignore[call-overload]
+        self.fresh = False
         self._sync()

@@ -1,0 +1,85 @@
+"""The command line: bitsandheads demo | presets | plan | doctor."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from .errors import BitsAndHeadsError
+
+app = typer.Typer(
+    help="KV-cache compression for video and reasoning language models.", no_args_is_help=True, pretty_exceptions_enable=False
+)
+console = Console()
+
+
+@app.command()
+def demo(
+    model: Annotated[str, typer.Option(help='Local folder or hub name of a causal language model, or "smollm2".')] = "smollm2",
+    text: Annotated[Path | None, typer.Option(help="Text file; default: chapters of Pride and Prejudice.")] = None,
+    plans: Annotated[str, typer.Option(help="Presets or plan files, separated by commas.")] = "",
+    context: Annotated[int, typer.Option(min=1, help="Tokens of context.")] = 2048,
+    tokens: Annotated[int, typer.Option(min=1, help="Teacher-forced tokens after the context.")] = 256,
+    json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
+    cache_dir: Annotated[Path | None, typer.Option(help="Where the converted model is kept; default: ~/.cache/bitsandheads.")] = None,
+) -> None:
+    """True bits, bytes, KL, top-1 and a continuation for each preset, on a real model and text."""
+    from . import demo as d
+
+    names = d.plans_from(plans) or d.PLANS
+    data = d.run(d.Options(model, text, names, context, tokens, cache_dir), console)
+    if json is not None:
+        d.write_json(data, json)
+
+
+@app.command()
+def presets() -> None:
+    """All presets in a line each."""
+    from .methods import get_plan, preset_names
+    from .plan import describe
+
+    for name in preset_names():
+        plan = get_plan(name)
+        console.print(f"[bold]{name:16}[/bold] {describe(plan.groups[0])}  [dim]{plan.note}[/dim]", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def plan(
+    plan: Annotated[str, typer.Argument(help="Preset or plan file.")],
+    model: Annotated[str, typer.Option(help="Local folder or hub name; only its configuration is read.")],
+    tokens: Annotated[int, typer.Option(min=1, help="Context length.")] = 32768,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 1,
+) -> None:
+    """What a plan does to a model: head groups, bytes and bits at a length, from the configuration alone."""
+    import transformers
+
+    from .methods import get_plan
+
+    resolved = get_plan(plan).resolve(transformers.AutoConfig.from_pretrained(model))
+    console.print(resolved.table(tokens), highlight=False, soft_wrap=True)
+    console.print(f"{batch} x {tokens} tokens: {resolved.bytes_for(tokens, batch) / 1e9:.3f} GB")
+
+
+@app.command()
+def doctor() -> None:
+    """Versions, devices, and which backend runs where and why."""
+    import torch
+
+    from . import ops
+    from .demo import versions
+
+    for name, value in versions().items():
+        console.print(f"{name:13} {value}", highlight=False)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for line in ops.explain_backends(device):
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def main() -> None:
+    """Entry point: errors of the user end in one line and exit code 2."""
+    try:
+        app()
+    except BitsAndHeadsError as error:
+        Console(stderr=True).print(f"[red]{type(error).__name__}[/red]: {error}", highlight=False, soft_wrap=True)
+        raise SystemExit(2) from error

@@ -1,0 +1,155 @@
+"""`bitsandheads demo`: what each preset costs and keeps, on a real model and a real text, in one table."""
+
+import json
+import platform
+import time
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from . import models
+from .eval import fidelity
+from .methods import get_plan
+from .plan import CachePlan
+from .seam import CompressedCache, enabled
+
+PLANS = ("bf16", "kivi-2", "kivi-2-sink", "vidkv-1.5/2", "vidkv-1.5/1.58", "vidkv-1.5/1.66", "balanced", "extreme")
+TEXT = "pride-and-prejudice.txt"
+CONTINUATION = 24  # greedy tokens for the eye
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the demo runs."""
+
+    model: str = models.SMOLLM2
+    text: Path | None = None
+    plans: tuple[str, ...] = PLANS
+    context: int = 2048
+    tokens: int = 256
+    cache_dir: Path | None = None
+
+
+def default_text() -> str:
+    """The shipped text (see data/README.md)."""
+    return (files("bitsandheads") / "data" / TEXT).read_text()
+
+
+def run(options: Options, console: Console) -> dict[str, Any]:
+    """Run the demo, print the table, and return its data."""
+    started = time.perf_counter()
+    plans = [get_plan(name) for name in options.plans]
+    with console.status(f"loading {options.model}"):
+        model, tokenizer = models.load(options.model, cache=options.cache_dir)
+    text = default_text() if options.text is None else options.text.read_text()
+    ids = fidelity.token_ids(tokenizer, text, options.context, options.tokens)
+    each = options.context + options.tokens
+    rows, continuations = [], []
+    bar = Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"), TimeElapsedColumn(), console=console
+    )
+    with bar:
+        task = bar.add_task("full precision", total=each * (len(plans) + 1) + CONTINUATION * len(plans))
+        tick = lambda n: bar.advance(task, n)  # noqa: E731
+        against = fidelity.reference(model, ids, options.context, options.tokens, tick)
+        for plan in plans:
+            bar.update(task, description=plan.name)
+            row, cache = fidelity.measure(model, plan, against, tick)
+            rows.append(row)
+            continuations.append((plan.name, tokenizer.decode(continue_greedily(model, cache, ids, CONTINUATION))))
+            tick(CONTINUATION)
+    full_ppl = float(against.log_probs.gather(-1, against.targets[:, None].to(against.log_probs.device)).mean().neg().exp())
+    data = {
+        "model": options.model,
+        "text": TEXT if options.text is None else options.text.name,
+        "context": options.context,
+        "tokens": options.tokens,
+        "full_precision_perplexity": full_ppl,
+        "rows": rows,
+        "continuations": dict(continuations),
+        "versions": versions(),
+        "seconds": time.perf_counter() - started,
+    }
+    print_table(data, console)
+    return data
+
+
+def versions() -> dict[str, str]:
+    """What a figure depends on."""
+    from . import __version__
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine() + " CPU"
+    return {
+        "bitsandheads": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "device": device,
+    }
+
+
+@torch.no_grad()
+def continue_greedily(model: Any, cache: CompressedCache, ids: torch.Tensor, tokens: int) -> list[int]:
+    """Greedy tokens after everything that the cache holds; the cache grows."""
+    out: list[int] = []
+    last = ids[:, -1:].to(model.device)
+    with enabled(model):
+        for _ in range(tokens):
+            last = model(last, past_key_values=cache).logits[:, -1:].argmax(-1)
+            out.append(int(last))
+    return out
+
+
+def print_table(data: dict[str, Any], console: Console) -> None:
+    """Print rows and continuations."""
+    table = Table(
+        title=f"{data['model']}: {data['context']} tokens of context, then {data['tokens']} teacher-forced tokens of {data['text']}"
+    )
+    for name in ("plan", "bits*", "basis", "all", "at 32k", "cache MB", "x bf16", "KL to full precision [95%]", "top-1", "perplexity"):
+        table.add_column(name, justify="left" if name == "plan" else "right", no_wrap=True)
+    for r in data["rows"]:
+        table.add_row(
+            r["plan"],
+            f"{r['bits_per_element_without_residual']:.2f}",
+            f"{r['basis_bits_per_element']:.2f}",
+            f"{r['bits_per_element']:.2f}",
+            f"{r['bits_per_element_at_32k']:.2f}",
+            f"{r['cache_bytes'] / 1e6:.1f}",
+            f"{r['ratio_to_bf16']:.1f}",
+            f"{r['kl']:.4f} [{r['kl_low']:.4f}, {r['kl_high']:.4f}]",
+            f"{r['top1']:.3f}",
+            f"{r['perplexity']:.2f}",
+        )
+    console.print(table)
+    console.print(
+        "bits*: bytes of codes, metadata and whole (sink) tokens over the tokens outside the residual; basis: what rotations add to that "
+        "at this length; all: everything that the cache holds, the newest 128-255 whole tokens included; at 32k: everything at 32,768 "
+        f"tokens. Full precision: perplexity {data['full_precision_perplexity']:.2f}.",
+        style="dim",
+    )
+    for name, text in data["continuations"].items():
+        console.print(f"[bold]{name}[/bold] ... {' '.join(text.split())}", highlight=False)
+    console.print(f"{data['seconds']:.0f} s; {', '.join(f'{k} {v}' for k, v in data['versions'].items())}", style="dim")
+
+
+def write_json(data: dict[str, Any], path: Path) -> None:
+    """Write data, whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(data, indent=1) + "\n")
+    part.replace(path)
+
+
+def plans_from(text: str) -> tuple[str, ...]:
+    """ "a,b" -> names, each checked."""
+    names = tuple(n.strip() for n in text.split(",") if n.strip())
+    for name in names:
+        plan: CachePlan = get_plan(name)
+        del plan
+    return names

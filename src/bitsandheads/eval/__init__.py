@@ -1,0 +1,1 @@
+"""Measure what a plan does to a model."""

