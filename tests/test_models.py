@@ -18,11 +18,11 @@ FINE = KVQuant(TensorQuant(EIGHT), TensorQuant(EIGHT), group_size=16, tile=16, r
 def small(plan: str) -> bh.CachePlan:
     """A preset whose sink, residual and first basis are so short that a tiny prompt is packed."""
     preset = bh.get_plan(plan)
-    groups = tuple(
-        g if g.quant is None else dataclasses.replace(g, quant=dataclasses.replace(g.quant, residual=8, sink=min(g.quant.sink, 4)))
-        for g in preset.groups
-    )
-    return dataclasses.replace(preset, groups=groups)
+    groups = []
+    for g in preset.groups:
+        short = {} if g.quant is None else {"residual": 8, "sink": min(g.quant.sink, 4), "basis_tokens": g.quant.tile}
+        groups.append(dataclasses.replace(g, quant=g.quant and dataclasses.replace(g.quant, **short)))
+    return dataclasses.replace(preset, groups=tuple(groups))
 
 
 MIXED = bh.CachePlan(
@@ -189,7 +189,10 @@ def test_sampling_several_sequences_with_a_seed() -> None:
 def test_assisted_decoding(name: str) -> None:
     model, assistant = tm.make(name), tm.make(name, seed=3)
     inputs, options = tm.inputs_for(tm.tokens(1, 14)), dict(max_new_tokens=24, do_sample=False, pad_token_id=0)
-    expected = model.generate(**inputs, past_key_values=tm.dynamic(model), assistant_model=assistant, **options)
+    try:
+        expected = model.generate(**inputs, past_key_values=tm.dynamic(model), assistant_model=assistant, **options)
+    except RuntimeError as error:  # transformers 5.16 and sliding layers
+        pytest.skip(f"transformers' own cache cannot do it: {error}")
     cache = bh.CompressedCache("bf16", model)
     assert torch.equal(model.generate(**inputs, past_key_values=cache, assistant_model=assistant, **options), expected)
     assert cache.get_seq_length() == tm.tokens(1, 14).shape[1] + 23

@@ -135,9 +135,7 @@ def inputs_for(ids: torch.Tensor) -> dict[str, torch.Tensor]:
 def generate(model, inputs: dict[str, torch.Tensor], cache, new: int = 8, **more):
     """Generation with its logits [B, new, vocab]: sequences, logits."""
     defaults = dict(do_sample=False, max_new_tokens=new, min_new_tokens=new, pad_token_id=0)
-    out = model.generate(
-        **inputs, past_key_values=cache, return_dict_in_generate=True, output_logits=True, **(defaults | more)
-    )
+    out = model.generate(**inputs, past_key_values=cache, return_dict_in_generate=True, output_logits=True, **(defaults | more))
     return out.sequences, torch.stack(out.logits, 1)
 
 

@@ -12,6 +12,8 @@ app = typer.Typer(
     help="KV-cache compression for video and reasoning language models.", no_args_is_help=True, pretty_exceptions_enable=False
 )
 console = Console()
+if not console.is_terminal:
+    console = Console(width=120)
 
 
 @app.command()

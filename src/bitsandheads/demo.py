@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import transformers
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -110,9 +111,11 @@ def continue_greedily(model: Any, cache: CompressedCache, ids: torch.Tensor, tok
 def print_table(data: dict[str, Any], console: Console) -> None:
     """Print rows and continuations."""
     table = Table(
-        title=f"{data['model']}: {data['context']} tokens of context, then {data['tokens']} teacher-forced tokens of {data['text']}"
+        title=f"{data['model']}: {data['context']} tokens of context, then {data['tokens']} teacher-forced tokens of {data['text']}",
+        box=box.SIMPLE,
+        padding=(0, 1, 0, 0),
     )
-    for name in ("plan", "bits*", "basis", "all", "at 32k", "cache MB", "x bf16", "KL to full precision [95%]", "top-1", "perplexity"):
+    for name in ("plan", "bits*", "+basis", "all", "at 32k", "MB", "x bf16", "KL", "95%", "top-1", "ppl"):
         table.add_column(name, justify="left" if name == "plan" else "right", no_wrap=True)
     for r in data["rows"]:
         table.add_row(
@@ -123,7 +126,8 @@ def print_table(data: dict[str, Any], console: Console) -> None:
             f"{r['bits_per_element_at_32k']:.2f}",
             f"{r['cache_bytes'] / 1e6:.1f}",
             f"{r['ratio_to_bf16']:.1f}",
-            f"{r['kl']:.4f} [{r['kl_low']:.4f}, {r['kl_high']:.4f}]",
+            f"{r['kl']:.4f}",
+            f"{r['kl_low']:.3f}-{r['kl_high']:.3f}",
             f"{r['top1']:.3f}",
             f"{r['perplexity']:.2f}",
         )

@@ -68,7 +68,9 @@ class CompressedLayer:
     chunk to the stores, attends, and lets the stores pack what is due.
     """
 
-    def __init__(self, index: int, groups: tuple[HeadGroup, ...], shape: LayerShape, backend: str, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, index: int, groups: tuple[HeadGroup, ...], shape: LayerShape, backend: str, dtype: torch.dtype | None = None
+    ) -> None:
         """dtype: of tokens that are kept whole; None: the model's."""
         self.index, self.groups, self.shape, self.backend, self.dtype = index, groups, shape, backend, dtype
         self.stores: list[Store] = []
@@ -169,8 +171,9 @@ class CompressedLayer:
             out = base(q, keys, values)
             del keys, values
         for store in self.stores:
-            kept = (self._pick(x, store.kv_heads).to(self.dtype or x.dtype) for x in (k, v))
-            store.append(*kept, chunk.valid)
+            kept_k, kept_v = (self._pick(x, store.kv_heads).to(self.dtype or x.dtype) for x in (k, v))
+            store.append(kept_k, kept_v, chunk.valid)
+            del kept_k, kept_v
         self._record(n, chunk.valid)
         if not exact:
             hidden = None if chunk.hidden is None else chunk.hidden.to(q.device)
@@ -241,10 +244,8 @@ class CompressedLayer:
         newest = q[:, :, -RECENT_QUERIES:].unflatten(1, (self.shape.kv_heads, group))
         queries = self._pick(newest, store.kv_heads)
         n = queries.shape[3]
-        if chunk.valid is None:
-            weight = torch.ones(q.shape[0], n, device=q.device)
-        else:
-            weight = chunk.valid[:, -n:].to(device=q.device, dtype=torch.float32)
+        real = torch.ones(q.shape[0], n) if chunk.valid is None else chunk.valid[:, -n:]
+        weight = real.to(device=q.device, dtype=torch.float32)
         return Prompt(queries, weight, self.scores)
 
     # -- the rest of the cache contract -------------------------------------------------------------------------------------------

@@ -46,8 +46,8 @@ def smollm2_folder(cache: Path | None = None) -> Path:
     kwargs: dict[str, Any] = {"gguf_file": SMOLLM2_FILE, "dtype": torch.float32}
     if hasattr(transformers, "GgufConfig"):  # newer releases keep GGUF weights packed unless told otherwise
         kwargs["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    model = transformers.AutoModelForCausalLM.from_pretrained(source, **kwargs)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(source, gguf_file=SMOLLM2_FILE)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(source, **kwargs)
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(source, gguf_file=SMOLLM2_FILE)
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=folder.name, dir=folder.parent))
     try:
@@ -78,7 +78,7 @@ def load(name: str, device: str | None = None, cache: Path | None = None) -> tup
     dtype = torch.float32 if device == "cpu" else "auto"
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
     except OSError as error:
         raise ModelNotFoundError(
             f"No model {name!r}: it is no local folder with config.json, weights and tokenizer, and the hub did not give it ({error}). "

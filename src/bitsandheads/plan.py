@@ -29,7 +29,7 @@ class Window:
     def __post_init__(self) -> None:
         for name in ("sink", "recent"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < (name == "recent"):
+            if not isinstance(value, int) or isinstance(value, bool) or value < (name == "recent"):
                 raise PlanError(f"Window.{name} is {value!r}; give a whole number of at least {int(name == 'recent')}.")
 
 
@@ -126,20 +126,26 @@ class CachePlan:
         try:
             layers = {int(i): tuple(map(_group, groups)) for i, groups in data["layers"].items()}
             return cls(data["name"], tuple(map(_group, data["groups"])), layers, data["note"])
-        except (KeyError, TypeError, AttributeError) as error:
+        except PlanError:
+            raise
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise PlanError(f"The plan file is incomplete or has unknown fields: {error}.") from error
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON, whole or not at all."""
         target = Path(path)
         part = target.with_name(target.name + ".part")
-        part.write_text(self.to_json() + "\n")
+        part.write_text(self.to_json() + "\n", "utf-8")
         part.replace(target)
 
     @classmethod
     def load(cls, path: str | Path) -> "CachePlan":
         """Read a plan file."""
-        return cls.from_json(Path(path).read_text())
+        try:
+            text = Path(path).read_text("utf-8")
+        except UnicodeDecodeError as error:
+            raise PlanError(f"{path} is not a plan: it is not text ({error}). Write plans with CachePlan.save.") from error
+        return cls.from_json(text)
 
     # -- against a model --------------------------------------------------------------------------------------------------------
 
@@ -198,7 +204,7 @@ class ResolvedPlan:
     def bits_for(self, tokens: int, itemsize: int = 2) -> float:
         """See CachePlan.bits_for."""
         elements = sum(2 * s.kv_heads * s.head_dim * tokens for s, g in zip(self.shapes, self.layers, strict=True) if g is not None)
-        return 8 * self.bytes_for(tokens, 1, itemsize) / elements
+        return 8 * self.bytes_for(tokens, 1, itemsize) / elements if elements else float("nan")
 
     def table(self, tokens: int = 32768) -> str:
         """See CachePlan.table."""
@@ -248,7 +254,8 @@ def group_bytes(group: HeadGroup, shape: LayerShape, tokens: int, itemsize: int)
 
 def _basis_bytes(spec: TensorQuant, head_dim: int) -> int:
     if spec.transform == "principal":
-        return 2 * head_dim**2 + 4 * head_dim * (2 if spec.query_weighted else 1)
+        forward = 2 * head_dim**2 if spec.query_weighted or spec.refit else 0
+        return 2 * head_dim**2 + 4 * head_dim + forward + (4 * head_dim if spec.noise_correction else 0)
     return 0 if spec.order == "none" else head_dim
 
 
@@ -293,8 +300,8 @@ def _quant(data: dict[str, Any]) -> KVQuant:
     salience = data.pop("salience")
     if salience is not None:
         salience = Salience(**(salience | {"classes": tuple(AxisClass(**c) for c in salience["classes"])}))
-    halves = {k: _tensor_quant(data.pop(k)) for k in ("keys", "values")}
-    return KVQuant(**halves, salience=salience, **data)
+    keys, values = (_tensor_quant(data.pop(k)) for k in ("keys", "values"))
+    return KVQuant(keys, values, salience=salience, **data)
 
 
 def _tensor_quant(data: dict[str, Any]) -> TensorQuant:

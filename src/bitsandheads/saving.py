@@ -9,10 +9,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .errors import CacheStateError, FileFormatError, ModelMismatchError
+from .errors import BitsAndHeadsError, CacheStateError, FileFormatError, ModelMismatchError
 from .layer import CompressedLayer, Segment
 from .plan import CachePlan
 from .seam import CompressedCache, CompressedCacheLayer, fingerprint, foreign_state, restore_foreign
+from .stores.tail import check_tensor
+from .stores.whole import WholeStore
 
 FORMAT = "bitsandheads-cache"
 VERSION = 1
@@ -24,8 +26,7 @@ def save_cache(cache: CompressedCache, path: str | Path) -> None:
     Raises:
         CacheStateError: the cache is empty, is in the middle of a forward pass, or has layers with recurrent state.
     """
-    layers = cache.compressed_layers()
-    if not layers or not all(layer.stores for layer in layers):
+    if not cache.get_seq_length() or not all(layer.stores for layer in cache.compressed_layers()):
         raise CacheStateError("The cache is empty; run a prompt through the model before saving it.")
     tensors: dict[str, Tensor] = {}
     states: list[dict[str, Any]] = []
@@ -40,11 +41,27 @@ def save_cache(cache: CompressedCache, path: str | Path) -> None:
         "plan": cache.plan.to_json(),
         "model": json.dumps(fingerprint(cache.config)),
         "layers": json.dumps(states),
+        "dtype": "" if cache.dtype is None else str(cache.dtype).removeprefix("torch."),
     }
     target = Path(path)
     part = target.with_name(target.name + ".part")
-    save_file({name: t.detach().contiguous() for name, t in tensors.items()}, part, metadata=header)
-    part.replace(target)
+    try:
+        save_file(_apart(tensors), part, metadata=header)
+        part.replace(target)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors that share no memory, as safetensors wants them (layers share their padding and token scores)."""
+    out, seen = {}, set()
+    for name, t in tensors.items():
+        t = t.detach().contiguous()
+        where = t.untyped_storage().data_ptr()
+        out[name] = t.clone() if where in seen else t
+        seen.add(where)
+    return out
 
 
 def load_cache(path: str | Path, model: Any, backend: str = "auto", device: str | torch.device | None = None) -> CompressedCache:
@@ -71,7 +88,8 @@ def load_cache(path: str | Path, model: Any, backend: str = "auto", device: str 
             made_for, given = json.loads(header["model"]), fingerprint(model)
             if made_for != given:
                 raise ModelMismatchError(f"{path} was made with {made_for}; this model is {given}. Use the model it was made with.")
-            cache = CompressedCache(CachePlan.from_json(header["plan"]), model, backend)
+            dtype = getattr(torch, header["dtype"]) if header["dtype"] else None
+            cache = CompressedCache(CachePlan.from_json(header["plan"]), model, backend, dtype)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         for i, (layer, state) in enumerate(zip(cache.layers, json.loads(header["layers"]), strict=True)):
             mine = {name.split(".", 1)[1]: t for name, t in tensors.items() if name.startswith(f"{i}.")}
@@ -80,9 +98,9 @@ def load_cache(path: str | Path, model: Any, backend: str = "auto", device: str 
                 _restore_layer(layer.layer, state, mine)
             else:
                 restore_foreign(layer, state, mine)
-    except (SafetensorError, OSError, KeyError, json.JSONDecodeError, RuntimeError, TypeError) as error:
-        if isinstance(error, FileFormatError | ModelMismatchError | FileNotFoundError):
-            raise
+    except (BitsAndHeadsError, FileNotFoundError):
+        raise
+    except (SafetensorError, OSError, LookupError, ValueError, RuntimeError, TypeError, AttributeError) as error:
         raise FileFormatError(f"{path} is not a readable cache file: {error}. It may be cut off; prepare it again.") from error
     return cache
 
@@ -115,3 +133,11 @@ def _restore_layer(layer: CompressedLayer, state: dict[str, Any], tensors: dict[
     layer.segments = [
         Segment(tokens, tensors[f"valid.{j}"].cpu() if padded else None) for j, (tokens, padded) in enumerate(state["segments"])
     ]
+    for segment in layer.segments:
+        if segment.valid is not None:
+            check_tensor("valid", segment.valid, (layer.batch, segment.tokens), torch.bool)
+    real, logical = layer.real_tokens(), [layer.tokens] * layer.batch
+    for store in layer.stores:
+        expected = logical if isinstance(store, WholeStore) and store.keep_padding else real
+        if store.appended() != expected:
+            raise ValueError(f"KV heads {store.kv_heads} hold {store.appended()} tokens of {expected}")

@@ -158,7 +158,7 @@ def disable(model: Any) -> None:
         part.set_attn_implementation(name.removeprefix(PREFIX))
 
 
-class enabled:  # noqa: N801 - used as a function: `with enabled(model):`
+class enabled:
     """Context manager: `enable` on entry; on exit the former attention implementation is restored."""
 
     def __init__(self, model: Any) -> None:
@@ -262,7 +262,7 @@ class CompressedCache(Cache):
     def __init__(self, plan: "str | CachePlan", model: Any, backend: str = "auto", dtype: torch.dtype | None = None) -> None:
         self.config = text_config(model)
         self.resolved: ResolvedPlan = get_plan(plan).resolve(self.config)
-        self.backend = backend
+        self.backend, self.dtype = backend, dtype
         own = DynamicCache(config=self.config).layers
         layers = [
             keep if groups is None else CompressedCacheLayer(self, CompressedLayer(i, groups, shape, backend, dtype))
@@ -364,7 +364,7 @@ def foreign_state(layer: Any, index: int, tensors: dict[str, Tensor]) -> dict[st
     """What must be saved of a sliding-window layer; CacheStateError for layers with recurrent state."""
     if not isinstance(layer, DynamicLayer):
         raise CacheStateError(f"Layer {index} is a {type(layer).__name__}, whose recurrent state cannot be saved.")
-    if layer.is_initialized:
+    if layer.keys is not None and layer.values is not None:
         tensors[f"{index}.keys"], tensors[f"{index}.values"] = layer.keys, layer.values
     return {"initialized": layer.is_initialized, "cumulative_length": getattr(layer, "cumulative_length", None)}
 

@@ -119,5 +119,6 @@ def measure(
         "context": against.context,
         "seconds": time.perf_counter() - started,
         "memory": cache.memory().in_use,
+        "token_kl": kl.tolist(),
     }
     return row, cache

@@ -9,6 +9,7 @@ from torch import Tensor
 from ..quant.codec import HalfCodec
 from .heads import HeadSet
 
+TAIL, SINK, PACKED = 0, 1, 2
 FAR = torch.iinfo(torch.int64).max  # the age of a token that every query sees
 
 
@@ -28,11 +29,11 @@ def gather_tokens(heads: HeadSet, dtype: torch.dtype) -> tuple[Tensor, Tensor, T
 
     Returns:
         keys, values [B, h, T, D] in `dtype` (T includes unused places); valid bool [B, T]; age int64 [B, T]: how many real
-        tokens are newer than this one (FAR for tiles); sink bool [T]: which places are the sink's.
+        tokens are newer than this one (FAR for tiles); kind [T]: which places are TAIL, SINK or PACKED.
     """
     device = heads.tail_k.device
     sinks, _, tails = heads.lengths[:, :, None]
-    keys, values, valid, age, sink = [], [], [], [], []
+    keys, values, valid, age, kind = [], [], [], [], []
 
     def add(k: Tensor, v: Tensor, count: Tensor, newer: Tensor | None = None) -> None:
         index = torch.arange(k.shape[2], device=device)[None]
@@ -40,7 +41,7 @@ def gather_tokens(heads: HeadSet, dtype: torch.dtype) -> tuple[Tensor, Tensor, T
         values.append(v.to(dtype))
         valid.append(index < count)
         age.append(torch.full_like(valid[-1], FAR, dtype=torch.int64) if newer is None else newer + count - 1 - index)
-        sink.append(torch.full_like(index[0], k is heads.sink_k, dtype=torch.bool))
+        kind.append(torch.full_like(index[0], SINK if k is heads.sink_k else PACKED if newer is None else TAIL))
 
     if heads.sink_k is not None and heads.sink_v is not None:
         add(heads.sink_k, heads.sink_v, sinks, tails)
@@ -49,7 +50,7 @@ def gather_tokens(heads: HeadSet, dtype: torch.dtype) -> tuple[Tensor, Tensor, T
             k, v = unpack_tiles(part)
             add(k, v, part.lengths[1][:, None] * part.layout.tokens)
     add(heads.tail_k, heads.tail_v, tails, torch.zeros_like(tails))
-    return torch.cat(keys, 2), torch.cat(values, 2), torch.cat(valid, 1), torch.cat(age, 1), torch.cat(sink)
+    return torch.cat(keys, 2), torch.cat(values, 2), torch.cat(valid, 1), torch.cat(age, 1), torch.cat(kind)
 
 
 def decode_attention(
@@ -76,13 +77,16 @@ def decode_attention(
     back = hidden[:, :, None]
     for s in sets:
         heads = torch.tensor([h * group + g for h in s.kv_heads for g in range(group)], device=q.device)
-        k, v, valid, age, sink = gather_tokens(s, work)
+        k, v, valid, age, kind = gather_tokens(s, work)
         seen = age[:, None] >= back
         if s.window is not None:
-            seen = seen & ((age[:, None] - back < s.window) | sink)
+            seen = seen & ((age[:, None] - back < s.window) | (kind == SINK))
         seen = seen & valid[:, None]  # [B, Q, T]
         qs = q[:, heads].to(work).view(batch, len(s.kv_heads), group, n_query, dim)
         scores = torch.einsum("bhgqd,bhtd->bhgqt", qs, k) * scale
+        if s.layout is not None and s.layout.keys.spec.noise_correction and s.key_basis:
+            raised = HalfCodec(s.layout.keys).correction(qs.flatten(2, 3), s.key_basis, scale).to(work)
+            scores = scores + raised.view(batch, len(s.kv_heads), group, n_query, 1) * (kind == PACKED)
         scores = scores.masked_fill(~seen[:, None, None], -torch.inf)
         lse[:, heads] = scores.logsumexp(-1).flatten(1, 2)
         out[:, heads] = torch.einsum("bhgqt,bhtd->bhgqd", scores.softmax(-1), v).flatten(1, 2)

@@ -1,0 +1,1 @@
+"""Codes, steps, rotations and bytes."""

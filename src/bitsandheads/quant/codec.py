@@ -17,6 +17,7 @@ from .tile import HalfLayout
 from .transforms import fixed_rotation
 
 Basis = dict[str, Tensor]
+RIDGE = 0.01  # of each axis's energy, against over-fitting the map back
 METRIC_FLOOR = 0.01  # share of the mean squared query that every channel counts at least
 
 
@@ -26,8 +27,10 @@ class HalfCodec:
 
     A basis is found once for each (sequence, KV head) and then kept, as tensors with leading [B, H]:
         order: uint8 [D], channels in order of falling importance (ranked specs)
-        axes: bfloat16 [D, D], columns are the principal axes, by falling variance; mean: float32 [D];
-        scale: float32 [D], what channels are multiplied by before the rotation (query-weighted specs)
+        axes: bfloat16 [D, D], channels x axes by falling variance: x' = y' @ axes^T + mean; mean: float32 [D]
+        forward: bfloat16 [D, D], y = (x - mean) @ forward, for query-weighted or refitted specs; without it axes is
+            orthonormal and y = (x - mean) @ axes
+        noise: float32 [D], mean squared error of each axis (specs with a noise correction)
     """
 
     layout: HalfLayout
@@ -45,25 +48,24 @@ class HalfCodec:
             return 0
         return self.layout.sizes[-1] if spec.last_class_only else self.head_dim
 
-    def find_basis(self, x: Tensor, energy: Tensor) -> Basis:
+    def weights(self, mass: Tensor | None) -> Tensor | None:
+        """Token weights float32 [B, H, T] with mean 1 from the attention that tokens draw, or None where all count alike."""
+        share = self.layout.spec.attention_weight
+        if mass is None or not share:
+            return None
+        return 1 - share + share * mass / mass.mean(-1, keepdim=True).clamp(min=1e-30)
+
+    def find_basis(self, x: Tensor, energy: Tensor, weights: Tensor | None = None) -> Basis:
         """Ranks or principal axes for these tokens.
 
         Args:
             x: float32 [B, H, T, D], the tokens that are packed first.
             energy: float32 [B, H, D], mean squared query of each channel over the query heads of the group.
+            weights: float32 [B, H, T] with mean 1, or None ("principal" only).
         """
         spec = self.layout.spec
         if spec.transform == "principal":
-            mean = x.mean(2)
-            z = x - mean[:, :, None]
-            basis = {"mean": mean}
-            if spec.query_weighted:
-                floor = METRIC_FLOOR * energy.mean(-1, keepdim=True)
-                basis["scale"] = (energy + floor).clamp(min=1e-12).sqrt()
-                z = z * basis["scale"][:, :, None]
-            covariance = (z.transpose(-1, -2) @ z).double()
-            basis["axes"] = torch.linalg.eigh(covariance)[1].flip(-1).to(torch.bfloat16)
-            return basis
+            return self._principal(x, energy, weights)
         if spec.order == "none":
             return {}
         if spec.order == "range":
@@ -74,13 +76,46 @@ class HalfCodec:
                 weight = weight * energy
         return {"order": weight.argsort(dim=-1, descending=True, stable=True).to(torch.uint8)}
 
+    def _principal(self, x: Tensor, energy: Tensor, weights: Tensor | None) -> Basis:
+        spec = self.layout.spec
+        w = torch.ones_like(x[..., :1]) if weights is None else weights[..., None]
+        mean = (x * w).mean(2)
+        z = x - mean[:, :, None]
+        basis: Basis = {"mean": mean}
+        scale = torch.ones_like(mean)
+        if spec.query_weighted:
+            scale = (energy + METRIC_FLOOR * energy.mean(-1, keepdim=True)).clamp(min=1e-12).sqrt()
+            scale = scale / scale.mean(-1, keepdim=True)
+        # every group stores its centres, so what is left to code is the deviation from the group's mean
+        local, share = (t.unflatten(2, (-1, self.layout.group_size)) for t in (z * scale[:, :, None], w))
+        local = local - (local * share).sum(3, keepdim=True) / share.sum(3, keepdim=True)
+        local = (local * share.sqrt()).flatten(2, 3)
+        turn = torch.linalg.eigh((local.transpose(-1, -2) @ local).double())[1].flip(-1).to(x.dtype)
+        if not spec.query_weighted and not spec.refit:
+            basis["axes"] = turn.to(torch.bfloat16)
+        else:
+            basis["forward"] = (scale[..., None] * turn).to(torch.bfloat16)
+            basis["axes"] = (turn / scale[..., None]).to(torch.bfloat16)
+        if spec.refit or spec.noise_correction:
+            y = self.encode(x, basis)
+            kept = self.layout.read(self.pack(x, basis, weights)).flatten(2, 3)
+            if spec.refit:
+                back = basis["axes"].float().transpose(-1, -2)
+                weighted = (kept * w).transpose(-1, -2)
+                gram = (weighted @ kept).double()
+                power = gram.diagonal(dim1=-2, dim2=-1)
+                ridge = RIDGE * power + 1e-6 * power.mean(-1, keepdim=True) + 1e-30
+                change = weighted @ (z - kept @ back)
+                back = back + torch.linalg.solve(gram + torch.diag_embed(ridge), change.double()).to(x.dtype)
+                basis["axes"] = back.transpose(-1, -2).to(torch.bfloat16)
+            if spec.noise_correction:
+                basis["noise"] = (y - kept).square().mean(2)
+        return basis
+
     def encode(self, x: Tensor, basis: Basis) -> Tensor:
         """Channels float32 [B, H, T, D] -> axes, sorted by class, of the same shape."""
         if "axes" in basis:
-            z = x - basis["mean"][:, :, None]
-            if "scale" in basis:
-                z = z * basis["scale"][:, :, None]
-            return z @ basis["axes"].float()
+            return (x - basis["mean"][:, :, None]) @ basis.get("forward", basis["axes"]).float()
         if "order" in basis:
             x = x.gather(-1, basis["order"].long()[:, :, None].expand_as(x))
         if self._turned:
@@ -91,10 +126,7 @@ class HalfCodec:
     def decode(self, y: Tensor, basis: Basis) -> Tensor:
         """Inverse of `encode`."""
         if "axes" in basis:
-            z = y @ basis["axes"].float().transpose(-1, -2)
-            if "scale" in basis:
-                z = z / basis["scale"][:, :, None]
-            return z + basis["mean"][:, :, None]
+            return y @ basis["axes"].float().transpose(-1, -2) + basis["mean"][:, :, None]
         if self._turned:
             keep, turn = y.split([self.head_dim - self._turned, self._turned], -1)
             y = torch.cat([keep, turn @ self._rotation(y)], -1)
@@ -112,24 +144,37 @@ class HalfCodec:
         """
         if "axes" in basis:
             constant = (q @ basis["mean"][..., None]).squeeze(-1)
-            if "scale" in basis:
-                q = q / basis["scale"][:, :, None]
             return q @ basis["axes"].float(), constant
         return self.encode(q, basis), torch.zeros_like(q[..., 0])
+
+    def correction(self, q: Tensor, basis: Basis, scale: float) -> Tensor:
+        """What packed scores are raised by (TensorQuant.noise_correction): float32 [B, H, Q] for queries q [B, H, Q, D].
+
+        E[exp(s + e)] = exp(s + var(e) / 2) for a normal error e of the score s = scale * q . k (log-normal mean).
+        """
+        share = self.layout.spec.noise_correction
+        if not share:
+            return torch.zeros(q.shape[:-1], device=q.device)
+        turned = self.query(q.float(), basis)[0]
+        return 0.5 * share * scale**2 * (turned.square() @ basis["noise"][..., None]).squeeze(-1)
 
     def _rotation(self, like: Tensor) -> Tensor:
         return fixed_rotation(self.layout.spec.transform, self._turned, like.device)
 
-    def pack(self, x: Tensor, basis: Basis) -> Tensor:
-        """Tokens float32 [B, H, T, D] -> uint8 [B, H, N, half's bytes]."""
+    def pack(self, x: Tensor, basis: Basis, weights: Tensor | None = None) -> Tensor:
+        """Tokens float32 [B, H, T, D], weights as `weights` makes them or None -> uint8 [B, H, N, half's bytes]."""
         layout = self.layout
         y = self.encode(x, basis)
         if layout.spec.per == "token":
             return self._pack_per_token(y)
         y = y.unflatten(2, (-1, layout.groups, layout.group_size))  # [B, H, N, groups, G, D]
+        share = None
+        if weights is not None:
+            grouped = weights.unflatten(2, (-1, layout.groups, layout.group_size))
+            share = grouped / grouped.sum(-1, keepdim=True)
         step, centre, first = [], [], 0
         for cls, n in zip(layout.spec.classes, layout.sizes, strict=True):
-            s, c = fit(y[..., first : first + n], cls)
+            s, c = fit(y[..., first : first + n], cls, share)
             step.append(s)
             centre.append(c)
             first += n

@@ -5,10 +5,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..errors import NotFiniteError
+
 MetadataFormat = Literal["fp16", "fp8"]
 FP16_MAX = 65504.0
 FP8_MAX = 448.0
 SMALLEST_FACTOR = 2.0**-24
+LIMITS = {"fp16": FP16_MAX, "fp8": FP8_MAX * FP16_MAX}  # the largest number that each format holds
 
 
 def itemsize(fmt: MetadataFormat) -> int:
@@ -25,10 +28,17 @@ def encode(x: Tensor, fmt: MetadataFormat) -> tuple[Tensor, Tensor, Tensor]:
     Returns:
         The bytes, uint8 [..., count * itemsize]; the factor, float16 [..., 1] (one for fp16, where it is not stored); and
         what they restore to, float32 [..., count].
+    Raises:
+        NotFiniteError: a number is not finite, or too large for the format.
     """
+    if x.numel() and not (largest := x.abs().max().item()) <= LIMITS[fmt]:
+        raise NotFiniteError(
+            f"A step or centre of the codes is {largest}; {fmt} metadata hold at most {LIMITS[fmt]:.0f}. Look for an overflow in the model "
+            "(float16 weights? try bfloat16), or keep these heads whole in the plan."
+        )
     if fmt == "fp16" or x.shape[-1] == 0:
         stored = x.half().contiguous()
-        return stored.view(torch.uint8), torch.ones_like(stored[..., :1]), stored.float()
+        return stored.view(torch.uint8), torch.ones(*x.shape[:-1], 1, dtype=torch.float16, device=x.device), stored.float()
     factor = (x.abs().amax(-1, keepdim=True) / FP8_MAX).clamp(SMALLEST_FACTOR, FP16_MAX).half()
     small = (x / factor.float()).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).contiguous()
     return small.view(torch.uint8), factor, small.float() * factor.float()

@@ -9,7 +9,8 @@ of field f. A *slot* is one code for each token of the tile. Slots are packed in
         f=7    ... f=1 f=0                       f7 e1  f7 e0      f0 e1  f0 e0
 
 so that `word & (3 << 2 f)`, read as an fp16 subnormal, *is* code * 2^(2 f - 24): a tensor-core operand without conversion.
-A plane of n slots has C = n / E word columns; slot s is (e, c) = divmod(s, C).
+A plane of n slots has C = ceil(n / E) word columns; slot s is (e, c) = divmod(s, C). (n is a multiple of 8, so that it is
+one of E too, except for one-bit planes of 16-token tiles, where E = 16: there up to 8 slots stay empty.)
 
     key plane    int16 [C / W, 16 rows i, W]     W = gcd(C, 32): one lane reads 8 neighbouring slots in 16 bytes
     value plane  int16 [C, 16 columns i]
@@ -38,8 +39,8 @@ def slots_per_word(bits: int, tokens: int) -> int:
 
 
 def plane_bytes(slots: int, bits: int, tokens: int) -> int:
-    """Bytes of a plane: slots * tokens * bits / 8."""
-    return slots * tokens * bits // 8
+    """Bytes of a plane: slots * tokens * bits / 8, slots rounded up to whole words."""
+    return 2 * ROWS * -(-slots // slots_per_word(bits, tokens))
 
 
 def trit_bytes(slots: int, tokens: int) -> int:
@@ -57,6 +58,9 @@ def _to_words(codes: Tensor, bits: int) -> Tensor:
     """codes [..., slots, tokens] -> words int32 [..., C, 16 rows]."""
     *lead, slots, tokens = codes.shape
     e, f = slots_per_word(bits, tokens), fields(tokens)
+    if slots % e:
+        codes = torch.nn.functional.pad(codes, (0, 0, 0, -slots % e))
+        slots = codes.shape[-2]
     split = codes.to(torch.int32).reshape(*lead, e, slots // e, f, ROWS)
     shifts = _shifts(bits, tokens, codes.device)[:, None, :, None]
     return (split << shifts).sum((-4, -2), dtype=torch.int32)
@@ -94,7 +98,7 @@ def pack_key_plane(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack_key_plane(data: Tensor, bits: int, tokens: int) -> Tensor:
-    """Inverse of `pack_key_plane`: uint8 [..., plane_bytes] -> codes uint8 [..., slots, tokens]."""
+    """Inverse of `pack_key_plane`: uint8 [..., plane_bytes] -> codes uint8 [..., slots (and empty ones), tokens]."""
     words = data.contiguous().view(torch.int16)
     columns = words.shape[-1] // ROWS
     width = math.gcd(columns, 32)

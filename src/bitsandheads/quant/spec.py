@@ -5,8 +5,9 @@ direction) and group of tokens; top = 2^bits - 1, or 2 for ternary codes.
 """
 
 import math
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any, Literal, get_args
 
 from ..errors import PlanError
 from .metadata import MetadataFormat
@@ -26,10 +27,10 @@ def channel_block(head_dim: int) -> int:
     return math.gcd(head_dim, 32)
 
 
-def _one_of(name: str, value: object, allowed: object) -> None:
+def _one_of(name: str, value: object, allowed: Any) -> None:
     choices = get_args(allowed) or allowed
-    if value not in choices:  # type: ignore[operator]
-        raise PlanError(f"{name} is {value!r}; allowed are {', '.join(map(repr, choices))}.")  # type: ignore[attr-defined]
+    if value not in choices:
+        raise PlanError(f"{name} is {value!r}; allowed are {', '.join(map(repr, choices))}.")
 
 
 def _whole(name: str, value: object, low: int) -> None:
@@ -84,6 +85,12 @@ class TensorQuant:
         order: how channels are ranked into classes when the transform is not "principal": by range, by variance, by
             variance times mean squared query ("query"), or not at all.
         query_weighted: "principal" only: axes that minimise the error of q . k under the prompt's last queries.
+        refit: "principal" only: the map from axes back to channels by least squares on the decoded codes, in place of the
+            inverse of the map to the axes (costs one more D x D matrix).
+        attention_weight: share of a prompt token's weight in means, axes, steps and centres that follows the attention it draws
+            from the newest queries (the rest is the same for all tokens); tokens packed later count alike.
+        noise_correction: keys, "principal" only: codes have less variance than the keys they stand for, so exp(q . k) is
+            underestimated; packed scores are raised by this share of half the variance of the error of scale * q . k.
     """
 
     classes: tuple[AxisClass, ...]
@@ -92,6 +99,9 @@ class TensorQuant:
     last_class_only: bool = False
     order: Order = "none"
     query_weighted: bool = False
+    refit: bool = False
+    noise_correction: float = 0.0
+    attention_weight: float = 0.0
 
     def __post_init__(self) -> None:
         _one_of("TensorQuant.per", self.per, ("channel", "token"))
@@ -99,12 +109,19 @@ class TensorQuant:
         _one_of("TensorQuant.order", self.order, Order)
         if not self.classes or abs(sum(c.share for c in self.classes) - 1) > 1e-6:
             raise PlanError(f"The shares of TensorQuant.classes sum to {sum(c.share for c in self.classes)}; they must sum to 1.")
+        ternary = [i for i, c in enumerate(self.classes) if c.bits == TERNARY]
+        if ternary and ternary[-1] - ternary[0] >= len(ternary):
+            raise PlanError(f"Classes {ternary} of TensorQuant.classes are ternary; put ternary classes side by side, as neighbours.")
         if self.per == "token" and (
             len(self.classes) != 1 or self.transform != "none" or self.classes[0].bits not in (1, 2, 3, 4)
         ):
             raise PlanError('TensorQuant(per="token") takes one class of 1 to 4 bits and transform="none".')
-        if self.query_weighted and self.transform != "principal":
-            raise PlanError('TensorQuant.query_weighted needs transform="principal".')
+        for name in ("query_weighted", "refit", "noise_correction"):
+            if getattr(self, name) and self.transform != "principal":
+                raise PlanError(f'TensorQuant.{name} needs transform="principal".')
+        for name in ("noise_correction", "attention_weight"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise PlanError(f"TensorQuant.{name} is {getattr(self, name)!r}; give a share from 0 to 1.")
         if self.last_class_only and self.transform not in ("hadamard", "dct", "fourier"):
             raise PlanError('TensorQuant.last_class_only needs transform "hadamard", "dct" or "fourier".')
 
@@ -133,6 +150,9 @@ class Salience:
         _one_of("Salience.by", self.by, SalienceBy)
         if not 0 < self.share < 1:
             raise PlanError(f"Salience.share is {self.share!r}; give a number between 0 and 1.")
+        total = sum(c.share for c in self.classes)
+        if abs(total - 1) > 1e-6:
+            raise PlanError(f"The shares of Salience.classes sum to {total}; they must sum to 1.")
 
 
 @dataclass(frozen=True)
@@ -168,7 +188,13 @@ class KVQuant:
     def needs_queries(self) -> bool:
         """Whether the newest queries steer the codes, so that they must be kept until packing starts."""
         ranked = any(s.query_weighted or s.order == "query" for s in (self.keys, self.values))
-        return ranked or self.heavy > 0 or (self.salience is not None and self.salience.by == "attention")
+        return ranked or self.needs_mass
+
+    @property
+    def needs_mass(self) -> bool:
+        """Whether the attention that tokens draw steers the codes."""
+        weighted = self.keys.attention_weight > 0 or self.values.attention_weight > 0
+        return weighted or self.heavy > 0 or (self.salience is not None and self.salience.by == "attention")
 
     def start_tiles(self, tokens: int) -> int:
         """Tiles that are packed when packing starts with `tokens` real tokens; 0: it does not start yet."""
@@ -185,6 +211,12 @@ class KVQuant:
         _whole("KVQuant.basis_tokens", self.basis_tokens, 1)
         if self.group_size > self.tile:
             raise PlanError(f"KVQuant.group_size {self.group_size} is larger than the tile of {self.tile} tokens; make the tile larger.")
+        if self.values.noise_correction:
+            raise PlanError("KVQuant.values.noise_correction is set, but only scores can be corrected; set it for the keys.")
+        if self.salience is not None:
+            if self.salience.by == "given" and (self.heavy or self.keys.attention_weight or self.values.attention_weight):
+                raise PlanError('Salience(by="given") does not go with heavy tokens or attention weights; use by="attention".')
+            replace(self.values, classes=self.salience.classes)  # raises where they do not fit
 
 
 def class_sizes(classes: tuple[AxisClass, ...], head_dim: int) -> list[int]:
@@ -194,4 +226,4 @@ def class_sizes(classes: tuple[AxisClass, ...], head_dim: int) -> list[int]:
         total += c.share
         borders.append(round(total * head_dim / AXIS_MULTIPLE + 1e-9) * AXIS_MULTIPLE)
     borders[-1] = head_dim
-    return [b - a for a, b in zip(borders, borders[1:], strict=False)]
+    return [b - a for a, b in pairwise(borders)]

@@ -90,7 +90,8 @@ class HalfLayout:
         return first, count
 
     def _axis_index(self, keep: list[bool]) -> list[int]:
-        axes, axis = [], 0
+        axes: list[int] = []
+        axis = 0
         for k, n in zip(keep, self.sizes, strict=True):
             axes += range(axis, axis + n) if k else []
             axis += n

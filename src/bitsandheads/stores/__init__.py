@@ -1,0 +1,1 @@
+"""How the tokens of a head group are stored."""

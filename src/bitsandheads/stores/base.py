@@ -80,6 +80,10 @@ class Store(ABC):
         """The view that the ops read. Valid until the store changes."""
 
     @abstractmethod
+    def appended(self) -> list[int]:
+        """Tokens of each sequence that were appended and not cropped, held or not."""
+
+    @abstractmethod
     def memory(self) -> Memory:
         """Bytes by part."""
 
@@ -93,7 +97,7 @@ class Store(ABC):
 
     @abstractmethod
     def restore(self, tensors: dict[str, Tensor], state: dict[str, object]) -> None:
-        """Inverse of `tensors` and `state`."""
+        """Inverse of `tensors` and `state`. KeyError or ValueError where something is missing or does not fit together."""
 
     def select(self, index: Tensor) -> None:
         """Keep these sequences, in this order. index: int64 [B'] on the CPU."""

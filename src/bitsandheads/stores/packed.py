@@ -8,11 +8,11 @@ from torch import Tensor
 from ..errors import CacheStateError, NotFiniteError
 from ..ops.heads import HeadSet
 from ..quant.codec import Basis, HalfCodec
-from ..quant.metadata import FP16_MAX
+from ..quant.metadata import LIMITS
 from ..quant.spec import KVQuant
 from ..quant.tile import TileLayout
 from .base import Memory, Prompt, Store
-from .tail import Tail
+from .tail import Tail, check_counts, check_tensor
 
 RECENT_QUERIES = 256  # newest queries whose energy and attention steer the codes
 MASS_ELEMENTS = 1 << 25  # scores that attention_mass holds at once
@@ -52,6 +52,16 @@ class Recent:
     q: Tensor
     weight: Tensor
 
+    def drop(self, remove: list[int]) -> None:
+        """Forget the queries of the newest remove[b] real tokens; the newest one that is left becomes the last."""
+        for b, r in enumerate(remove):
+            if r:
+                newest = self.weight[b].flip(0).cumsum(0)
+                k = min(int((newest < r).sum()) + 1, len(newest))
+                self.q[b] = self.q[b].roll(k, -2)
+                self.weight[b] = self.weight[b].roll(k)
+                self.weight[b, :k] = 0
+
     def energy(self, index: slice | Tensor) -> Tensor:
         """Mean squared query of each channel, float32 [rows, h, D]."""
         q, w = self.q[index].float(), self.weight[index]
@@ -59,7 +69,7 @@ class Recent:
         return total / w.sum(1).clamp(min=1)[:, None, None]
 
     def attention_mass(self, index: slice | Tensor, k: Tensor) -> Tensor:
-        """Attention that each key draws from these queries, which are those of the newest keys.
+        """Mean attention that each key draws from those of these queries that see it; the queries are those of the newest keys.
 
         k: [rows, h, T, D] -> float32 [rows, h, T].
         """
@@ -73,7 +83,8 @@ class Recent:
             own = (torch.arange(i, min(i + step, n), device=k.device) + total - n).clamp(min=0)  # padding rows, weight 0, see one key
             scores = scores.masked_fill(place > own[:, None], -torch.inf)
             mass += torch.einsum("bhgnt,bn->bht", scores.softmax(-1), w[:, i : i + step])
-        return mass
+        seen_by = (total - place).clamp(max=n)  # newest tokens are seen by fewer of the queries
+        return mass / seen_by
 
 
 class PackedStore(Store):
@@ -130,7 +141,8 @@ class PackedStore(Store):
         q, w = prompt.queries.to(self.tail.k.dtype), prompt.weight
         if self.recent is not None:
             q, w = torch.cat([self.recent.q, q], 3), torch.cat([self.recent.weight, w], 1)
-        self.recent = Recent(q[:, :, :, -RECENT_QUERIES:], w[:, -RECENT_QUERIES:])
+        order = w.bool().int().argsort(dim=1, stable=True)[:, -RECENT_QUERIES:]  # padding first: the last queries belong to the last keys
+        self.recent = Recent(q.gather(3, order[:, None, None, :, None].expand(*q.shape[:3], -1, q.shape[4])), w.gather(1, order))
 
     def _pack(self, rows: list[int], count: int, started: bool, prompt: Prompt | None) -> None:
         quant = self.quant
@@ -145,27 +157,33 @@ class PackedStore(Store):
         if not started:
             mass = self._mass(rows, index, count, prompt)
             k, v, mass = self._set_apart(rows, index, k, v, mass)
-            self._find_basis(index, k.float(), v.float())
+            self._find_basis(index, k.float(), v.float(), mass)
             for b in rows:
                 self.first.count[b] = quant.sink + quant.heavy
-                self.start_tiles[b], self.started[b] = n, True
+                self.started[b] = True
         k, v = k.float(), v.float()
         basis = tuple({name: t[index] for name, t in half.items()} for half in self.basis)
         salient = round(quant.salience.share * n) if quant.salience is not None and mass is not None else 0
+        if not started:
+            for b in rows:
+                self.start_tiles[b] = n - salient
         if salient and self.salient is not None and mass is not None:
             chosen = salient * quant.tile
             order = mass.argsort(dim=-1, descending=True, stable=True)
             order = torch.cat([order[..., :chosen].sort(-1)[0], order[..., chosen:].sort(-1)[0]], -1)[..., None]
             k, v = k.gather(2, order.expand_as(k)), v.gather(2, order.expand_as(v))
-            self.salient.append(rows, self._tiles(self.salient.layout, k[:, :, :chosen], v[:, :, :chosen], basis))
-            k, v = k[:, :, chosen:], v[:, :, chosen:]
-        self.bank.append(rows, self._tiles(self.layout, k, v, basis))
+            mass = mass.gather(2, order[..., 0])
+            early = self._tiles(self.salient.layout, k[:, :, :chosen], v[:, :, :chosen], basis, mass[..., :chosen])
+            self.salient.append(rows, early)
+            k, v, mass = k[:, :, chosen:], v[:, :, chosen:], mass[..., chosen:]
+        self.bank.append(rows, self._tiles(self.layout, k, v, basis, mass))
         self.tail.drop_front(rows, end, quant.residual + quant.tile)
 
     @staticmethod
-    def _tiles(layout: TileLayout, k: Tensor, v: Tensor, basis: tuple[Basis, ...]) -> Tensor:
-        halves = HalfCodec(layout.keys).pack(k, basis[0]), HalfCodec(layout.values).pack(v, basis[1])
-        return torch.cat(halves, -1)
+    def _tiles(layout: TileLayout, k: Tensor, v: Tensor, basis: tuple[Basis, ...], mass: Tensor | None) -> Tensor:
+        """Pack k, v float32 [rows, h, T, D]; mass [rows, h, T] or None."""
+        codecs = HalfCodec(layout.keys), HalfCodec(layout.values)
+        return torch.cat([c.pack(x, b, c.weights(mass)) for c, x, b in zip(codecs, (k, v), basis, strict=True)], -1)
 
     def _mass(self, rows: list[int], index: slice | Tensor, count: int, prompt: Prompt | None) -> Tensor | None:
         """Salience [rows, h, count] of all tokens in the tail, or None when the plan does not ask for it."""
@@ -174,7 +192,7 @@ class PackedStore(Store):
             assert prompt is not None and prompt.scores is not None  # see CompressedLayer._take_scores
             given = torch.stack([prompt.scores[b][:count] for b in rows]).to(self.tail.k.device)
             return given.float()[:, None].expand(-1, self.tail.k.shape[1], -1)
-        if self.recent is None or not (quant.heavy or quant.salience):
+        if self.recent is None or not quant.needs_mass:
             return None
         return self.recent.attention_mass(index, self.tail.k[index, :, :count])
 
@@ -203,21 +221,21 @@ class PackedStore(Store):
         rest = None if mass is None else mass[..., :end].gather(2, order)[..., sink + heavy :]
         return parts[0], parts[1], rest
 
-    def _find_basis(self, index: slice | Tensor, k: Tensor, v: Tensor) -> None:
+    def _find_basis(self, index: slice | Tensor, k: Tensor, v: Tensor, mass: Tensor | None) -> None:
         energy = torch.ones_like(k[:, :, 0]) if self.recent is None else self.recent.energy(index)
         for half, codec, x in zip(self.basis, self.codecs, (k, v), strict=True):
-            for name, t in codec.find_basis(x, energy).items():
+            for name, t in codec.find_basis(x, energy, codec.weights(mass)).items():
                 if name not in half:
                     half[name] = t.new_zeros(len(self.started), *t.shape[1:])
                 half[name][index] = t
 
     def _check_finite(self, x: Tensor, what: str) -> None:
         largest = x.abs().max().item()
-        limit = FP16_MAX if self.quant.metadata == "fp16" else float("inf")
-        if not largest <= limit or largest == float("inf"):
+        limit = LIMITS[self.quant.metadata]
+        if not largest <= limit:
             raise NotFiniteError(
                 f"The {what} of KV heads {self.kv_heads} hold {largest} (largest magnitude); quantization needs finite numbers"
-                f"{f' of at most {FP16_MAX:.0f}' if limit == FP16_MAX else ''}. Look for an overflow in the model (float16 weights? "
+                f" of at most {limit:.0f}. Look for an overflow in the model (float16 weights? "
                 "try bfloat16) or keep these heads whole in the plan."
             )
 
@@ -234,6 +252,8 @@ class PackedStore(Store):
 
     def crop(self, remove: list[int]) -> None:
         """See Store.crop. Packed tokens are opened again, a tile at a time, and wait in the residual to be packed anew."""
+        if self.recent is not None:
+            self.recent.drop(remove)
         for b, r in enumerate(remove):
             beyond = r - self.tail.count[b]
             if beyond <= 0:
@@ -288,9 +308,7 @@ class PackedStore(Store):
             lengths = torch.zeros_like(self.lengths)
             lengths[1] = torch.tensor(self.salient.count, dtype=torch.int32)
             empty = self.tail.k[:, :, :0], self.tail.v[:, :, :0]
-            extra = (
-                HeadSet(self.kv_heads, *empty, lengths, None, None, self.salient.tiles, self.salient.layout, *self.basis),
-            )
+            extra = (HeadSet(self.kv_heads, *empty, lengths, None, None, self.salient.tiles, self.salient.layout, *self.basis),)
         tiles = self.bank.tiles if any(self.bank.count) else None
         return HeadSet(
             self.kv_heads, self.tail.k, self.tail.v, self.lengths, self.first.k, self.first.v, tiles, self.layout, *self.basis, extra=extra
@@ -318,6 +336,12 @@ class PackedStore(Store):
         self.start_tiles = [self.start_tiles[i] for i in index.tolist()]
         self.started = [self.started[i] for i in index.tolist()]
 
+    def appended(self) -> list[int]:
+        """See Store.appended."""
+        salient = [0] * len(self.started) if self.salient is None else self.salient.count
+        counts = zip(self.first.count, self.bank.count, salient, self.tail.count, strict=True)
+        return [first + (tiles + more) * self.quant.tile + tail for first, tiles, more, tail in counts]
+
     def memory(self) -> Memory:
         """See Store.memory."""
         out = Memory()
@@ -339,9 +363,7 @@ class PackedStore(Store):
 
     def tensors(self) -> dict[str, Tensor]:
         """See Store.tensors."""
-        used = max(self.tail.count)
-        out = {"sink_k": self.first.k, "sink_v": self.first.v}
-        out |= {"tail_k": self.tail.k[:, :, :used], "tail_v": self.tail.v[:, :, :used]}
+        out = self.first.tensors("sink") | self.tail.tensors("tail")
         out["tiles"] = self.bank.tiles[:, :, : max(self.bank.count)]
         if self.salient is not None:
             out["salient"] = self.salient.tiles[:, :, : max(self.salient.count)]
@@ -355,23 +377,32 @@ class PackedStore(Store):
     def state(self) -> dict[str, object]:
         """See Store.state."""
         salient = [] if self.salient is None else self.salient.count
-        return {"sink": self.first.count, "tail": self.tail.count, "tiles": self.bank.count, "salient": salient} | {
-            "started": self.started,
-            "start_tiles": self.start_tiles,
-        }
+        packed = {"tiles": self.bank.count, "salient": salient, "started": self.started, "start_tiles": self.start_tiles}
+        return self.first.state("sink") | self.tail.state("tail") | packed
 
     def restore(self, tensors: dict[str, Tensor], state: dict[str, object]) -> None:
         """See Store.restore."""
-        counts: dict[str, list[int]] = state  # type: ignore[assignment]
-        self.first.k, self.first.v, self.first.count = tensors["sink_k"], tensors["sink_v"], list(counts["sink"])
-        self.tail.k, self.tail.v, self.tail.count = tensors["tail_k"], tensors["tail_v"], list(counts["tail"])
-        self.bank.tiles, self.bank.count = tensors["tiles"], list(counts["tiles"])
-        if self.salient is not None:
-            self.salient.tiles, self.salient.count = tensors["salient"], list(counts["salient"])
-        for which, half in zip(("key", "value"), self.basis, strict=True):
-            half.update({n.split(".", 1)[1]: t for n, t in tensors.items() if n.startswith(f"{which}_basis.")})
-        self.positions, self.start_tiles = tensors["positions"], list(counts["start_tiles"])
+        self.first.restore("sink", tensors, state)
+        self.tail.restore("tail", tensors, state)
+        batch, heads, _, dim = self.tail.k.shape
+        for name, bank in (("tiles", self.bank), ("salient", self.salient)):
+            if bank is not None:
+                bank.count = check_counts(name, state[name], batch)
+                bank.tiles = check_tensor(name, tensors[name], (batch, heads, max(bank.count), bank.layout.nbytes), torch.uint8)
+        self.started = [bool(x) for x in check_counts("started", state["started"], batch)]
+        self.start_tiles = check_counts("start_tiles", state["start_tiles"], batch)
+        like = torch.arange(self.layout.tokens * dim).float().sin().view(1, 1, self.layout.tokens, dim)
+        for which, half, codec in zip(("key", "value"), self.basis, self.codecs, strict=True):
+            known = any(self.started) or any(n.startswith(f"{which}_basis.") for n in tensors)
+            expected = codec.find_basis(like, torch.ones(1, 1, dim)) if known else {}
+            for name, t in expected.items():
+                saved = f"{which}_basis.{name}"
+                half[name] = check_tensor(saved, tensors[saved], (batch, heads, *t.shape[2:]), t.dtype)
+        self.positions = check_tensor("positions", tensors["positions"], (batch, heads, self.quant.heavy), torch.int32)
         if "queries" in tensors:
-            self.recent = Recent(tensors["queries"], tensors["weight"])
-        self.started = [bool(x) for x in counts["started"]]
+            q, weight = tensors["queries"], tensors["weight"]
+            if q.ndim != 5:
+                raise ValueError(f"queries have shape {list(q.shape)}")
+            check_tensor("queries", q, (batch, heads, q.shape[2], q.shape[3], dim), self.tail.k.dtype)
+            self.recent = Recent(q, check_tensor("weight", weight, (batch, q.shape[3]), torch.float32))
         self._sync()

@@ -1,9 +1,25 @@
 """Whole-precision tokens of a head group, oldest first, each sequence with its own count."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 SLACK = 64  # tokens that a new buffer has room for beyond what is needed now
+
+
+def check_counts(name: str, counts: Any, batch: int) -> list[int]:
+    """Saved counts as a list; ValueError when they are not `batch` whole numbers."""
+    if not isinstance(counts, list) or len(counts) != batch or not all(isinstance(c, int) and c >= 0 for c in counts):
+        raise ValueError(f"{name} says {counts!r} for {batch} sequences")
+    return [int(c) for c in counts]
+
+
+def check_tensor(name: str, t: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A saved tensor; ValueError when it has another shape or dtype."""
+    if tuple(t.shape) != shape or t.dtype != dtype:
+        raise ValueError(f"{name} is {t.dtype} {list(t.shape)}, but {dtype} {list(shape)} belongs there")
+    return t
 
 
 class Tail:
@@ -11,8 +27,8 @@ class Tail:
 
     def __init__(self, k: Tensor, v: Tensor) -> None:
         """An empty tail with the batch, heads, head_dim, dtype and device of k and v [B, h, any, D]."""
-        self.k = k[:, :, :0]
-        self.v = v[:, :, :0]
+        self.k = k.new_zeros(*k.shape[:2], 0, k.shape[3])  # not a slice, which would keep all of k alive
+        self.v = v.new_zeros(*v.shape[:2], 0, v.shape[3])
         self.count = [0] * k.shape[0]
         self.borrowed = False
 
@@ -105,6 +121,27 @@ class Tail:
         self.k, self.v = self.k.index_select(0, index.to(self.k.device)), self.v.index_select(0, index.to(self.v.device))
         self.borrowed = False
         self.count = [self.count[r] for r in rows]
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """What must be saved: the places in use."""
+        used = max(self.count, default=0)
+        return {f"{name}_k": self.k[:, :, :used], f"{name}_v": self.v[:, :, :used]}
+
+    def state(self, name: str) -> dict[str, object]:
+        """Counts that must be saved. The capacity belongs to them: sums over a longer buffer may be rounded otherwise."""
+        return {name: self.count, f"{name}_capacity": self.k.shape[2]}
+
+    def restore(self, name: str, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Inverse of `tensors` and `state`. ValueError where they do not fit together."""
+        capacity, count = state[f"{name}_capacity"], check_counts(name, state[name], len(self.count))
+        used = max(count, default=0)
+        for buffer in ("k", "v"):
+            data, like = tensors[f"{name}_{buffer}"], getattr(self, buffer)
+            check_tensor(f"{name}_{buffer}", data, (*like.shape[:2], used, like.shape[3]), like.dtype)
+            room = like.new_zeros(*like.shape[:2], max(capacity, used), like.shape[3])
+            room[:, :, :used] = data
+            setattr(self, buffer, room)
+        self.count, self.borrowed = count, False
 
     @property
     def token_bytes(self) -> int:

@@ -40,6 +40,10 @@ class WholeStore(Store):
         """True while all sequences have the same length."""
         return self.tail.uniform is not None
 
+    def appended(self) -> list[int]:
+        """See Store.appended."""
+        return list(self.tail.count)
+
     def memory(self) -> Memory:
         """See Store.memory."""
         out = Memory()
@@ -48,14 +52,13 @@ class WholeStore(Store):
 
     def tensors(self) -> dict[str, Tensor]:
         """See Store.tensors."""
-        used = max(self.tail.count)
-        return {"tail_k": self.tail.k[:, :, :used], "tail_v": self.tail.v[:, :, :used]}
+        return self.tail.tensors("tail")
 
     def state(self) -> dict[str, object]:
         """See Store.state."""
-        return {"tail": self.tail.count}
+        return self.tail.state("tail")
 
     def restore(self, tensors: dict[str, Tensor], state: dict[str, object]) -> None:
         """See Store.restore."""
-        self.tail.k, self.tail.v, self.tail.count = tensors["tail_k"], tensors["tail_v"], list(state["tail"])  # type: ignore[call-overload]
+        self.tail.restore("tail", tensors, state)
         self._sync()

@@ -6,7 +6,7 @@ from torch import Tensor
 from ..errors import CacheStateError
 from ..ops.heads import HeadSet
 from .base import Memory, Prompt, Store
-from .tail import Tail
+from .tail import Tail, check_counts
 
 ROLLBACK = 16  # tokens beyond the window that are kept so that `crop` (assisted decoding) can step back
 
@@ -86,9 +86,7 @@ class WindowStore(Store):
 
     def heads(self) -> HeadSet:
         """See Store.heads."""
-        return HeadSet(
-            self.kv_heads, self.tail.k, self.tail.v, self.lengths, sink_k=self.first.k, sink_v=self.first.v, window=self.recent
-        )
+        return HeadSet(self.kv_heads, self.tail.k, self.tail.v, self.lengths, sink_k=self.first.k, sink_v=self.first.v, window=self.recent)
 
     def select(self, index: Tensor) -> None:
         """See Store.select."""
@@ -101,6 +99,10 @@ class WindowStore(Store):
         """True while nothing was dropped and all sequences have the same length."""
         return not any(self.dropped) and self.tail.uniform is not None and self.first.uniform is not None
 
+    def appended(self) -> list[int]:
+        """See Store.appended."""
+        return [a + b + c for a, b, c in zip(self.first.count, self.dropped, self.tail.count, strict=True)]
+
     def memory(self) -> Memory:
         """See Store.memory."""
         out = Memory()
@@ -110,16 +112,16 @@ class WindowStore(Store):
 
     def tensors(self) -> dict[str, Tensor]:
         """See Store.tensors."""
-        return {"sink_k": self.first.k, "sink_v": self.first.v, "tail_k": self.tail.k, "tail_v": self.tail.v}
+        return self.first.tensors("sink") | self.tail.tensors("tail")
 
     def state(self) -> dict[str, object]:
         """See Store.state."""
-        return {"sink": self.first.count, "tail": self.tail.count, "dropped": self.dropped}
+        return self.first.state("sink") | self.tail.state("tail") | {"dropped": self.dropped}
 
     def restore(self, tensors: dict[str, Tensor], state: dict[str, object]) -> None:
         """See Store.restore."""
-        self.first.k, self.first.v, self.first.count = tensors["sink_k"], tensors["sink_v"], list(state["sink"])  # type: ignore[call-overload]
-        self.tail.k, self.tail.v, self.tail.count = tensors["tail_k"], tensors["tail_v"], list(state["tail"])  # type: ignore[call-overload]
-        self.dropped = list(state["dropped"])  # type: ignore[call-overload]
+        self.first.restore("sink", tensors, state)
+        self.tail.restore("tail", tensors, state)
+        self.dropped = check_counts("dropped", state["dropped"], len(self.dropped))
         self.fresh = False
         self._sync()

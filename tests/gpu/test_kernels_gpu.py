@@ -1,0 +1,100 @@
+"""The GPU kernels against the reference in float64 on the same bytes. Run on a GPU machine: pytest -m gpu tests/gpu."""
+
+import pytest
+import torch
+
+from bitsandheads.methods import get_plan
+from bitsandheads.ops import backends, decode_attention, reference
+from bitsandheads.ops.synthetic import head_set
+from bitsandheads.quant.spec import AxisClass, KVQuant, TensorQuant
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+BALANCED = get_plan("balanced").groups[0].quant
+MINMAX = KVQuant(TensorQuant((AxisClass(2, 1.0, "minmax"),)), TensorQuant((AxisClass(2, 1.0),)))
+FINE = KVQuant(TensorQuant((AxisClass(4, 1.0),), transform="hadamard"), TensorQuant((AxisClass(3, 0.5), AxisClass(1, 0.5))), tile=64, group_size=32)
+SMALL = KVQuant(TensorQuant((AxisClass(2, 1.0),)), TensorQuant((AxisClass(2, 1.0),)), tile=32, group_size=32, metadata="fp8")
+
+
+@pytest.fixture(params=["cuda", "triton"])
+def backend(request: pytest.FixtureRequest) -> str:
+    if why := backends.why_not(request.param, torch.device("cuda")):
+        pytest.skip(why)
+    return request.param
+
+
+def check(backend: str, sets, q_heads: int, queries: int = 1, dim: int = 128, dtype=torch.bfloat16, worst: float = 1e-3, hidden=None) -> None:
+    batch = sets[0].tail_k.shape[0]
+    q = torch.randn(batch, q_heads, queries, dim, device="cuda").to(dtype)
+    out, lse = decode_attention(q, sets, dim**-0.5, hidden, backend)
+    again, lse_again = decode_attention(q, sets, dim**-0.5, hidden, backend)
+    want, want_lse = reference.decode_attention(q.double(), sets, dim**-0.5, hidden, torch.float64)
+    rounded = ((want.to(dtype).double() - want).norm() / want.norm()).item()  # what writing the exact result in `dtype` costs
+    error = ((out.double() - want).norm() / want.norm()).item()
+    assert error < rounded + worst, (error, rounded)
+    assert (lse - want_lse).abs().max() < 2e-3 * max(1.0, want_lse.abs().max().item())
+    assert torch.equal(out, again) and torch.equal(lse, lse_again)
+
+
+@pytest.mark.parametrize("group", [1, 2, 4, 7, 8, 16])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_groups(backend: str, group: int, dim: int) -> None:
+    check(backend, [head_set(BALANCED, dim, (0, 1), [6, 5], [9, 3], [140, 1])], 2 * group, dim=dim)
+
+
+@pytest.mark.parametrize("tails", [[0, 1], [15, 16], [17, 127], [128, 255]])
+@pytest.mark.parametrize("tiles", [[1, 0], [2, 31], [64, 7]])
+def test_lengths(backend: str, tails: list[int], tiles: list[int]) -> None:
+    check(backend, [head_set(BALANCED, 128, (0, 1, 2), [6, 6], tiles, tails)], 21)
+
+
+@pytest.mark.parametrize("quant", [MINMAX, FINE, SMALL], ids=["minmax", "fine", "small tiles"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_layouts(backend: str, quant: KVQuant, dtype: torch.dtype) -> None:
+    check(backend, [head_set(quant, 128, (0, 1), [32, 0], [9, 3], [140, 7], dtype)], 8, dtype=dtype)
+
+
+@pytest.mark.parametrize("preset", ["balanced", "extreme", "vidkv-1.5/1.58", "kivi-2"])
+def test_presets(preset: str) -> None:
+    quant = get_plan(preset).groups[0].quant
+    check("auto", [head_set(quant, 128, (0, 1), [32, 0], [9, 3], [140, 7])], 8)
+
+
+@pytest.mark.parametrize("queries", [2, 4, 8])
+def test_query_tokens(backend: str, queries: int) -> None:
+    sets = [head_set(BALANCED, 128, (0, 2), [6, 6], [9, 3], [140, 17]), head_set(None, 128, (1, 3), [4, 4], [0, 0], [60, 40], window=30)]
+    check(backend, sets, 16, queries)
+    hidden = torch.arange(queries, device="cuda").flip(0).expand(2, -1) + 2
+    check(backend, sets, 16, queries, hidden=hidden)
+
+
+def test_windows_and_whole_heads(backend: str) -> None:
+    sets = [head_set(BALANCED, 128, (0, 3), [6, 0], [300, 44], [140, 255]), head_set(None, 128, (1,), [4, 4], [0, 0], [300, 200], window=256)]
+    check(backend, [*sets, head_set(None, 128, (2,), [0, 0], [0, 0], [5000, 7])], 28)
+
+
+@pytest.mark.parametrize("transform", ["none", "principal"])
+def test_outliers(backend: str, transform: str) -> None:
+    quant = KVQuant(TensorQuant((AxisClass(2, 1.0, "minmax"),), transform=transform), TensorQuant((AxisClass(2, 1.0),), transform=transform))
+    x = torch.randn(2, 2, 1280, 128, device="cuda")
+    x[..., 5] *= 1000
+    x[..., 9] = 1000.0
+    check(backend, [head_set(quant, 128, (0, 1), [32, 32], [10, 10], [140, 255], packed=(x, x))], 8, worst=5e-3)
+
+
+@pytest.mark.parametrize("dim", [80, 96, 256])
+def test_other_head_dims(dim: int) -> None:
+    check("auto", [head_set(BALANCED, dim, (0, 1), [6, 5], [9, 3], [140, 1])], 8, dim=dim)
+
+
+def test_graph_with_changing_lengths(backend: str) -> None:
+    s = head_set(BALANCED, 128, (0, 1, 2, 3), [6, 6], [40, 40], [200, 200])
+    q = torch.randn(2, 28, 1, 128, device="cuda", dtype=torch.bfloat16)
+    decode_attention(q, [s], 0.1, backend=backend)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, _ = decode_attention(q, [s], 0.1, backend=backend)
+    for tiles, tails in (([40, 3], [200, 1]), ([1, 17], [7, 128])):
+        s.lengths.copy_(torch.tensor([[6, 2], tiles, tails]))
+        graph.replay()
+        want, _ = reference.decode_attention(q.double(), [s], 0.1, dtype=torch.float64)
+        assert ((out.double() - want).norm() / want.norm()) < 3e-3

@@ -1,0 +1,70 @@
+"""The Triton decode kernels in Triton's CPU interpreter, against the reference in float64 on the same bytes."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from bitsandheads.methods import get_plan
+from bitsandheads.ops import decode_attention, flatten_sets, reference
+from bitsandheads.ops.synthetic import head_set
+from bitsandheads.quant.spec import AxisClass, KVQuant, TensorQuant
+
+NOISE_FREE = KVQuant(TensorQuant((AxisClass(3, 0.5), AxisClass(1, 0.5)), transform="dct"), TensorQuant((AxisClass(2, 1.0),)), tile=16, group_size=16)
+
+
+def interpreter_works() -> bool:
+    """Triton's interpreter turns one-element arrays into Python numbers, which numpy 2.4 and later refuse."""
+    import numpy
+
+    return tuple(map(int, numpy.__version__.split(".")[:2])) < (2, 4)
+
+
+CASES = {
+    "balanced": ("balanced", 128, 4, 1, [2, 1], [40, 7]),
+    "balanced, 64 channels, 2 queries": ("balanced", 64, 2, 2, [1, 2], [5, 130]),
+    "extreme": ("extreme", 128, 2, 1, [1, 0], [3, 2]),
+    "kivi-2": ("kivi-2", 64, 4, 1, [1, 2], [33, 1]),
+    "vidkv-1.5/1.58": ("vidkv-1.5/1.58", 128, 2, 1, [1, 1], [12, 31]),
+    "small tiles, 80 channels": (NOISE_FREE, 80, 12, 1, [3, 5], [1, 20]),
+    "whole precision, 96 channels": (None, 96, 16, 1, [0, 0], [70, 37]),
+}
+
+
+def run_cases() -> None:
+    for name, (quant, dim, group, queries, tiles, tails) in CASES.items():
+        torch.manual_seed(0)
+        quant = get_plan(quant).groups[0].quant if isinstance(quant, str) else quant
+        one = head_set(quant, dim, (1,), [3, 1], tiles, tails, torch.float32, "cpu")
+        two = head_set(None, dim, (0,), [2, 0], tiles, [9, 30], torch.float32, "cpu", window=12)
+        q = torch.randn(2, 2 * group, queries, dim)
+        got, lse = decode_attention(q, [one, two], dim**-0.5, backend="triton")
+        want, want_lse = reference.decode_attention(q.double(), [one, two], dim**-0.5, dtype=torch.float64)
+        error = ((got.double() - want).norm() / want.norm()).item()
+        assert error < 1e-3, f"{name}: {error}"
+        assert (lse - want_lse).abs().max() < 5e-3, name
+        again, _ = decode_attention(q, [one, two], dim**-0.5, backend="triton")
+        assert torch.equal(got, again), name
+        print(name, error, flush=True)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.skipif(not interpreter_works(), reason="Triton's interpreter needs numpy below 2.4")
+def test_interpreter() -> None:
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_operator() -> None:
+    s = head_set(NOISE_FREE, 64, (0, 1), [3, 1], [1, 2], [4, 9], torch.float32, "cpu")
+    tensors, number = flatten_sets([s])
+    q = torch.randn(2, 4, 1, 64)
+    torch.library.opcheck(torch.ops.bitsandheads.decode_attention.default, (q, tensors, number, 0.125, None, "reference"))
+
+
+if __name__ == "__main__":
+    run_cases()
