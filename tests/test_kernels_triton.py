@@ -13,7 +13,9 @@ from bitsandheads.ops import decode_attention, flatten_sets, reference
 from bitsandheads.ops.synthetic import head_set
 from bitsandheads.quant.spec import AxisClass, KVQuant, TensorQuant
 
-NOISE_FREE = KVQuant(TensorQuant((AxisClass(3, 0.5), AxisClass(1, 0.5)), transform="dct"), TensorQuant((AxisClass(2, 1.0),)), tile=16, group_size=16)
+NOISE_FREE = KVQuant(
+    TensorQuant((AxisClass(3, 0.5), AxisClass(1, 0.5)), transform="dct"), TensorQuant((AxisClass(2, 1.0),)), tile=16, group_size=16
+)
 
 
 def interpreter_works() -> bool:

@@ -168,6 +168,7 @@ class Life:
                 self.layer.crop(remove)
             assert self.crop_needs_what_is_gone(counts)
             return
+        started = [list(s.started) if isinstance(s, PackedStore) else None for s in self.layer.stores]
         self.layer.crop(remove)
         if left == 0:
             self.__dict__.update(k=[], v=[], tiles=[], valid=torch.zeros(0, 0, dtype=torch.bool))
@@ -177,13 +178,18 @@ class Life:
         for i, store in enumerate(self.layer.stores):
             for b, count in enumerate(counts):
                 real = self.k[i][b].shape[1] - count
+                spread = [(x[i][b] - x[i][b].mean(1, keepdim=True)).square().mean().sqrt() for x in (self.k, self.v)]
                 self.k[i][b], self.v[i][b] = self.k[i][b][:, :real], self.v[i][b][:, :real]
                 if isinstance(store, PackedStore):  # opened tokens come back as the codec kept them, and are packed anew from there
-                    for truth, buffer in ((self.k, store.tail.k), (self.v, store.tail.v)):
-                        n = store.tail.count[b]
+                    n, opened = store.tail.count[b], started[i] is not None and started[i][b] and not store.started[b]
+                    for truth, buffer, scale in zip((self.k, self.v), (store.tail.k, store.tail.v), spread, strict=True):
                         back, original = buffer[b, :, :n], truth[i][b][:, real - n :]
-                        spread = (truth[i][b] - truth[i][b].mean(1, keepdim=True)).square().mean().sqrt()
-                        assert not n or (back - original).square().mean().sqrt() <= 2 * spread
+                        assert not n or (back - original).square().mean().sqrt() <= 2 * scale
+                        if opened:  # tokens that were whole come back whole, at their own places
+                            assert n == real and torch.equal(back[:, : store.quant.sink], original[:, : store.quant.sink])
+                            for h, heavy in enumerate(store.positions[b].tolist()):
+                                at = [p for p in heavy if p < real]
+                                assert torch.equal(back[h, at], original[h, at])
                         truth[i][b] = torch.cat([truth[i][b][:, : real - n], back], 1)
         for store, kept in zip(self.packed, self.tiles, strict=True):
             for b in range(len(kept)):
@@ -437,3 +443,15 @@ def test_salient_tokens_are_those_of_most_attention() -> None:
     got = unpack_tiles(extra)[1]
     for b in range(2):
         assert (got[b] - v[b][:, chosen[b]]).norm() < 0.05 * v[b][:, chosen[b]].norm()
+
+
+@pytest.mark.parametrize("remove", [41, 52, 58])
+def test_opening_the_start_puts_whole_tokens_back_in_their_places(remove: int) -> None:
+    life = Life(layouts(QUANTS["principal-heavy-fp8"])["one"], 0)
+    life.append(2, 61, None)
+    assert life.packed[0].started == [True, True]
+    life.crop(remove)
+    life.check()
+    assert life.packed[0].started == [False, False]
+    life.append(2, 61, None)
+    life.check()

@@ -181,7 +181,7 @@ class CompressedLayer:
             out = ops.decode_attention(q, sets, scale, hidden, backend=self.backend)[0].transpose(1, 2).contiguous()
         del k, v
         for store in self.stores:
-            store.compress(self._prompt(q, store, chunk))
+            store.compress(self._prompt(q, store, chunk, scale))
         return out
 
     def _take_scores(self, n: int, chunk: ChunkMask) -> None:
@@ -237,7 +237,7 @@ class CompressedLayer:
         else:
             self.segments.append(Segment(n, valid))
 
-    def _prompt(self, q: Tensor, store: Store, chunk: ChunkMask) -> Prompt | None:
+    def _prompt(self, q: Tensor, store: Store, chunk: ChunkMask, scale: float) -> Prompt | None:
         if not isinstance(store, PackedStore):
             return None
         group = self.shape.q_heads // self.shape.kv_heads
@@ -246,7 +246,7 @@ class CompressedLayer:
         n = queries.shape[3]
         real = torch.ones(q.shape[0], n) if chunk.valid is None else chunk.valid[:, -n:]
         weight = real.to(device=q.device, dtype=torch.float32)
-        return Prompt(queries, weight, self.scores)
+        return Prompt(queries, weight, scale, self.scores)
 
     # -- the rest of the cache contract -------------------------------------------------------------------------------------------
 

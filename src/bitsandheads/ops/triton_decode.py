@@ -1,7 +1,7 @@
 """Decode attention in Triton: every layout whose keys are coded per channel, on GPUs from sm_80 and in Triton's CPU interpreter.
 
-Three small kernels for each part of a layer (a head set, and each of its extra parts): queries are rotated into the axes of the codes; splits of the packed
-tiles and of the whole-precision tokens are attended; the splits are merged and rotated back. The codes are operand A of the tensor cores as fp16
+Four kernels for each part of a layer (a head set, and each of its extra parts): queries are rotated into the axes of the codes; splits of the packed
+tiles and of the whole-precision tokens are attended; the splits are merged; the result is rotated back. The codes are operand A of the tensor cores as fp16
 subnormals: `word & (3 << p)` is code * 2^(p - 24) (docs/kernels.md). Shape letters: B sequences, Hq query heads, h KV heads of a set, Q query tokens,
 D head_dim, N query rows of a program, S splits.
 """
@@ -20,9 +20,9 @@ from ..quant.tile import HalfLayout, TileLayout
 from .heads import HeadSet
 from .rotations import rotation_matrix
 
-MAX_SPLITS = 64
-PROGRAMS = 264  # programs that fill the GPU: two for each multiprocessor of an H100
-RAW_TOKENS = 32
+MAX_SPLITS = 256
+PACKED_WARPS = 1  # of a program over packed tiles with 8 query rows
+WARPS = 1056  # warps that fill the GPU: eight for each multiprocessor of an H100
 NEVER = tl.constexpr(-1.0e30)
 LOG2E = 1.4426950408889634
 FAR_BACK = 1 << 30
@@ -128,12 +128,12 @@ def _factor(ptr, index, FP8: tl.constexpr):
 
 
 @triton.jit
-def _words(ptr, slots, rows, N: tl.constexpr, BITS: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr, VALUES: tl.constexpr):
+def _words(ptr, slots, rows, N: tl.constexpr, PADDED: tl.constexpr, BITS: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr, VALUES: tl.constexpr):
     """The word of every (slot, row), shifted so that the slot's code of field 0 is at bit 0 (int16)."""
     E: tl.constexpr = 256 // TOKENS // BITS
     C: tl.constexpr = (N + E - 1) // E
-    s = tl.minimum(slots, N - 1)
-    c = s % C
+    s = slots if PADDED == N else tl.minimum(slots, N - 1)
+    c = s if E == 1 else s % C
     if VALUES:
         offset = c * 16 + rows
     else:
@@ -254,7 +254,7 @@ def _attend(q, q_axes, constant, row_scale, tiles, sink_k, sink_v, tail_k, tail_
             K2: tl.constexpr, K1: tl.constexpr, K3: tl.constexpr, KC: tl.constexpr, K2P: tl.constexpr, K1P: tl.constexpr, K3P: tl.constexpr, KCP: tl.constexpr, KN: tl.constexpr, W2: tl.constexpr, W1: tl.constexpr,
             V_TWO: tl.constexpr, V_ONE: tl.constexpr, V_TRIT: tl.constexpr, V_STEPS: tl.constexpr, V_CENTRES: tl.constexpr, V_FACTORS: tl.constexpr,
             V2: tl.constexpr, V1: tl.constexpr, V3: tl.constexpr, VC: tl.constexpr, V2P: tl.constexpr, V1P: tl.constexpr, V3P: tl.constexpr, VCP: tl.constexpr, VN: tl.constexpr,
-            PER_TOKEN: tl.constexpr, VBLOCK: tl.constexpr, V_TOP: tl.constexpr):  # fmt: skip
+            RESIDUAL: tl.constexpr, PER_TOKEN: tl.constexpr, VBLOCK: tl.constexpr, V_TOP: tl.constexpr):  # fmt: skip
     """One split of one (sequence, KV head, block of query rows): partial sums by slot, axis of the centres and channel, with maximum and sums."""
     split = tl.program_id(0)
     bh = tl.program_id(1).to(tl.int64)
@@ -282,6 +282,10 @@ def _attend(q, q_axes, constant, row_scale, tiles, sink_k, sink_v, tail_k, tail_
     m, l_raw, raw = _attend_raw(qt, m, l_raw, raw, tail_k + b * tail_b + h * tail_h, tail_v + b * tail_b + h * tail_h, tail, tail, back, window, split, splits, scale_log2, D, DP, RAW, True)
     at = ((bh * tl.num_programs(2) + block) * splits + split) * ROWS + tl.arange(0, ROWS)
     n = tl.arange(0, ROWS)
+    tl.store(partial + at[None] * WIDTH + (WIDTH - DP) + a[:, None], raw)
+    tl.store(stats + at * 4 + 2, l_raw)
+    tl.store(stats + at * 4 + 3, m)
+    m = tl.full([ROWS], NEVER, tl.float32)
     if TILES:
         FIELDS: tl.constexpr = TOKENS // 16
         GF: tl.constexpr = FIELDS // GROUPS
@@ -299,21 +303,25 @@ def _attend(q, q_axes, constant, row_scale, tiles, sink_k, sink_v, tail_k, tail_
         if K2:
             s2 = tl.arange(0, K2P)
             q2 = tl.load(q_axes + qrow[None] * D + tl.load(k_axis + s2)[:, None]) * tl.load(k_weight + s2)[:, None]
+            q2 = q2.to(tl.float16)
             at2 = tl.load(k_step + s2)
         if K1:
             s1 = tl.arange(0, K1P)
             q1 = tl.load(q_axes + qrow[None] * D + tl.load(k_axis + K2P + s1)[:, None]) * tl.load(k_weight + K2P + s1)[:, None]
+            q1 = q1.to(tl.float16)
             at1 = tl.load(k_step + K2P + s1)
         if K3:
             s3 = tl.arange(0, K3P)
             q3 = tl.load(q_axes + qrow[None] * D + tl.load(k_axis + K2P + K1P + s3)[:, None]) * tl.load(k_weight + K2P + K1P + s3)[:, None]
+            q3 = q3.to(tl.float16)
             at3 = tl.load(k_step + K2P + K1P + s3)
         if KC:
             sc = tl.arange(0, KCP)
             qc = tl.load(q_axes + qrow[None] * D + tl.load(k_centre + sc)[:, None])
             qc = tl.where((sc < KC)[:, None], qc, 0.0)
             qch = qc.to(tl.float16)
-            qcl = (qc - qch.to(tl.float32)).to(tl.float16)
+            if RESIDUAL:
+                qcl = (qc - qch.to(tl.float32)).to(tl.float16)
         if V2:
             u2 = tl.arange(0, V2P)
             vat2 = tl.load(v_step + u2)
@@ -328,30 +336,29 @@ def _attend(q, q_axes, constant, row_scale, tiles, sink_k, sink_v, tail_k, tail_
         for tile in range(split * per, tl.minimum(count, (split + 1) * per)):
             base = tiles + b * tiles_b + h * tiles_h + tile * TILE_BYTES
             if K2:
-                w2 = _words(base + K_TWO, s2[None], i16[:, None], K2, 2, TOKENS, W2, False)
+                w2 = _words(base + K_TWO, s2[None], i16[:, None], K2, K2P, 2, TOKENS, W2, False)
             if K1:
-                w1 = _words(base + K_ONE, s1[None], i16[:, None], K1, 1, TOKENS, W1, False)
-            if V2:
-                x2 = _words(base + V_TWO, u2[:, None], i16[None], V2, 2, TOKENS, 1, True)
-            if V1:
-                x1 = _words(base + V_ONE, u1[:, None], i16[None], V1, 1, TOKENS, 1, True)
+                w1 = _words(base + K_ONE, s1[None], i16[:, None], K1, K1P, 1, TOKENS, W1, False)
             for g in tl.static_range(GROUPS):
                 by_step = _factor(base + K_FACTORS, g * 2, FP8)
                 bias = tl.zeros([16, ROWS], tl.float32)
                 if K2:
-                    e2 = (q2 * _stored(base + K_STEPS, g * KN + at2, s2 < K2P, FP8)[:, None]).to(tl.float16)
+                    e2 = q2 * _stored(base + K_STEPS, g * KN + at2, s2 < K2P, FP8).to(tl.float16)[:, None]
                     bias = tl.dot(tl.full([16, K2P], -1.5, tl.float16), e2, bias)
                 if K1:
-                    e1 = (q1 * _stored(base + K_STEPS, g * KN + at1, s1 < K1P, FP8)[:, None]).to(tl.float16)
+                    e1 = q1 * _stored(base + K_STEPS, g * KN + at1, s1 < K1P, FP8).to(tl.float16)[:, None]
                     bias = tl.dot(tl.full([16, K1P], -0.5, tl.float16), e1, bias)
                 if K3:
-                    e3 = (q3 * _stored(base + K_STEPS, g * KN + at3, s3 < K3P, FP8)[:, None]).to(tl.float16)
+                    e3 = q3 * _stored(base + K_STEPS, g * KN + at3, s3 < K3P, FP8).to(tl.float16)[:, None]
                     bias = tl.dot(tl.full([16, K3P], -1.0, tl.float16), e3, bias)
                 bias = bias * by_step
                 if KC:
                     c = _stored(base + K_CENTRES, g * KC + sc, sc < KC, FP8).to(tl.float16)
                     c = tl.broadcast_to(c[None], [16, KCP])
-                    bias += tl.dot(c, qcl, tl.dot(c, qch)) * _factor(base + K_FACTORS, g * 2 + 1, FP8)
+                    from_centres = tl.dot(c, qch)
+                    if RESIDUAL:
+                        from_centres = tl.dot(c, qcl, from_centres)
+                    bias += from_centres * _factor(base + K_FACTORS, g * 2 + 1, FP8)
                 scores = ()
                 top = m
                 for j in tl.static_range(GF):
@@ -368,8 +375,6 @@ def _attend(q, q_axes, constant, row_scale, tiles, sink_k, sink_v, tail_k, tail_
                 alpha = tl.exp2(m - top)
                 m = top
                 l *= alpha
-                l_raw *= alpha
-                raw *= alpha[None]
                 if V2:
                     acc2 *= alpha[None]
                 if V1:
@@ -378,6 +383,10 @@ def _attend(q, q_axes, constant, row_scale, tiles, sink_k, sink_v, tail_k, tail_
                     acc3 *= alpha[None]
                 if VC:
                     accc *= alpha[None]
+                if V2:
+                    x2 = _words(base + V_TWO, u2[:, None], i16[None], V2, V2P, 2, TOKENS, 1, True)
+                if V1:
+                    x1 = _words(base + V_ONE, u1[:, None], i16[None], V1, V1P, 1, TOKENS, 1, True)
                 sums = tl.zeros([ROWS], tl.float32)
                 r2 = tl.zeros([V2P if V2 else 16, ROWS], tl.float32)
                 r1 = tl.zeros([V1P if V1 else 16, ROWS], tl.float32)
@@ -439,17 +448,50 @@ def _attend(q, q_axes, constant, row_scale, tiles, sink_k, sink_v, tail_k, tail_
             tl.store(row + V2P + V1P + u3[:, None], acc3)
         if VC:
             tl.store(row + V2P + V1P + V3P + uc[:, None], accc)
-    tl.store(partial + at[None] * WIDTH + (WIDTH - DP) + a[:, None], raw)
     tl.store(stats + at * 4, m)
     tl.store(stats + at * 4 + 1, l)
-    tl.store(stats + at * 4 + 2, l_raw)
 
 
 @triton.jit
-def _merge(partial, stats, out, lse, collect, weights, matrix, order, mean, m_b, m_h, heads, kv_heads, splits, q_heads,
+def _reduce(partial, stats, merged, merged_stats, splits, ROWS: tl.constexpr, WIDTH: tl.constexpr, DP: tl.constexpr, CHUNK: tl.constexpr, TOGETHER: tl.constexpr):
+    """Merge the splits of one block of query rows, CHUNK columns for each program, in a fixed order."""
+    at = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
+    n = tl.arange(0, ROWS)
+    j = tl.arange(0, TOGETHER)
+    column = tl.where(c >= WIDTH - DP, 3, 0)                     # whole-precision channels have their own maximum
+    first = tl.min(column)
+    m = tl.full([ROWS], NEVER, tl.float32)
+    for s in range(0, splits, TOGETHER):
+        row = (at * splits + s + j[:, None]) * ROWS + n[None]
+        there = (s + j < splits)[:, None] & (n >= 0)[None]
+        m = tl.maximum(m, tl.max(tl.maximum(tl.load(stats + row * 4, mask=there, other=NEVER), tl.load(stats + row * 4 + 3, mask=there, other=NEVER)), 0))
+    y = tl.zeros([ROWS, CHUNK], tl.float32)
+    packed = tl.zeros([ROWS], tl.float32)
+    raw = tl.zeros([ROWS], tl.float32)
+    for s in range(0, splits, TOGETHER):
+        row = (at * splits + s + j[:, None]) * ROWS + n[None]
+        there = (s + j < splits)[:, None] & (n >= 0)[None]
+        m_packed = tl.load(stats + row * 4, mask=there, other=NEVER)
+        m_raw = tl.load(stats + row * 4 + 3, mask=there, other=NEVER)
+        e_packed = tl.where(m_packed > 0.5 * NEVER, tl.exp2(m_packed - m[None]), 0.0)
+        e_raw = tl.where(m_raw > 0.5 * NEVER, tl.exp2(m_raw - m[None]), 0.0)
+        packed += tl.sum(e_packed * tl.load(stats + row * 4 + 1, mask=there, other=0.0), 0)
+        raw += tl.sum(e_raw * tl.load(stats + row * 4 + 2, mask=there, other=0.0), 0)
+        e = tl.where(first == 3, e_raw, e_packed)
+        y += tl.sum(e[:, :, None] * tl.load(partial + row[:, :, None] * WIDTH + c[None, None], mask=there[:, :, None] & (c >= 0)[None, None], other=0.0), 0)
+    tl.store(merged + (at * ROWS + n)[:, None] * WIDTH + c[None], y)
+    if tl.program_id(1) == 0:
+        tl.store(merged_stats + (at * ROWS + n) * 4, m)
+        tl.store(merged_stats + (at * ROWS + n) * 4 + 1, packed)
+        tl.store(merged_stats + (at * ROWS + n) * 4 + 2, raw)
+
+
+@triton.jit
+def _finish(partial, stats, out, lse, collect, weights, matrix, order, mean, m_b, m_h, heads, kv_heads, q_heads,
            GROUP: tl.constexpr, Q: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, TILES: tl.constexpr, TERMS: tl.constexpr,
            MATRIX: tl.constexpr, ORDER: tl.constexpr, MEAN: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """Merge the splits of one block of query rows, rotate the packed part back, write output and lse."""
+    """Gather the axes of one block of query rows from its partial sums, rotate the packed part back, write output and lse."""
     bh = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
     b = bh // heads
@@ -459,30 +501,17 @@ def _merge(partial, stats, out, lse, collect, weights, matrix, order, mean, m_b,
     ok = rows < GROUP * Q
     head = tl.load(kv_heads + h) * GROUP + rows // Q
     a = tl.arange(0, DP)
-    m = tl.full([ROWS], NEVER, tl.float32)
-    mass = tl.zeros([ROWS], tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    y = tl.zeros([ROWS, DP], tl.float32)
-    raw = tl.zeros([ROWS, DP], tl.float32)
-    base = (bh * tl.num_programs(1) + block) * splits * ROWS
-    for s in range(splits):
-        at = base + s * ROWS + n
-        ms = tl.load(stats + at * 4)
-        new = tl.maximum(m, ms)
-        old = tl.exp2(m - new)
-        e = tl.where(ms > 0.5 * NEVER, tl.exp2(ms - new), 0.0)
-        m = new
-        packed = tl.load(stats + at * 4 + 1) * e
-        mass = mass * old + packed
-        total = total * old + packed + tl.load(stats + at * 4 + 2) * e
-        raw = raw * old[:, None] + e[:, None] * tl.load(partial + at[:, None] * WIDTH + (WIDTH - DP) + a[None])
-        if TILES:
-            part = tl.zeros([ROWS, DP], tl.float32)
-            for j in tl.static_range(TERMS):
-                index = tl.load(collect + a * 4 + j, mask=a < D, other=-1)
-                w = tl.load(weights + a * 4 + j, mask=a < D, other=0.0)
-                part += tl.load(partial + at[:, None] * WIDTH + index[None], mask=(index >= 0)[None] & (n >= 0)[:, None], other=0.0) * w[None]
-            y = y * old[:, None] + e[:, None] * part
+    at = (bh * tl.num_programs(1) + block) * ROWS + n
+    m = tl.load(stats + at * 4)
+    mass = tl.load(stats + at * 4 + 1)
+    total = mass + tl.load(stats + at * 4 + 2)
+    raw = tl.load(partial + at[:, None] * WIDTH + (WIDTH - DP) + a[None])
+    if TILES:
+        y = tl.zeros([ROWS, DP], tl.float32)
+        for j in tl.static_range(TERMS):
+            index = tl.load(collect + a * 4 + j, mask=a < D, other=-1)
+            w = tl.load(weights + a * 4 + j, mask=a < D, other=0.0)
+            y += tl.load(partial + at[:, None] * WIDTH + index[None], mask=(index >= 0)[None] & (n >= 0)[:, None], other=0.0) * w[None]
     inverse = tl.where(total > 0, 1.0 / tl.where(total > 0, total, 1.0), 0.0)
     target = out + ((b * q_heads + head) * Q + rows % Q)[:, None] * D
     if MATRIX:
@@ -545,7 +574,7 @@ def _rotation_arguments(half: HalfLayout | None, basis: dict[str, Tensor], like:
     return {**tensors, "m_b": strides[0], "m_h": strides[1]}, flags
 
 
-def _attend_part(q: Tensor, s: HeadSet, kv_heads: tuple[int, ...], group: int, scale: float, hidden: Tensor | None, window: int | None, out: Tensor, lse: Tensor) -> None:
+def _attend_part(q: Tensor, s: HeadSet, kv_heads: tuple[int, ...], group: int, scale: float, hidden: Tensor | None, window: int | None, out: Tensor, lse: Tensor, warps: int | None) -> None:
     batch, q_heads, n_query, dim = q.shape
     h, device = len(kv_heads), q.device
     dp = triton.next_power_of_2(dim)
@@ -555,7 +584,9 @@ def _attend_part(q: Tensor, s: HeadSet, kv_heads: tuple[int, ...], group: int, s
     index = _head_index(kv_heads, device)
     numbers: dict[str, object] = {}
     width = dp
-    units = triton.cdiv(s.tail_k.shape[2], RAW_TOKENS)
+    warps = warps or (PACKED_WARPS if used and rows == 8 else 4)
+    raw_tokens = 16 * warps
+    units = triton.cdiv(s.tail_k.shape[2], raw_tokens)
     layout: TileLayout | None = s.layout if used else None
     axes = constant = row_scale = k_axis = k_step = k_weight = k_centre = v_step = q
     if layout is not None and s.tiles is not None:
@@ -576,12 +607,12 @@ def _attend_part(q: Tensor, s: HeadSet, kv_heads: tuple[int, ...], group: int, s
         k_centre = _centre_index(layout.keys, int(k_numbers["KCP"]), device)
         columns = {bits: triton.cdiv(layout.keys.plane_slots(bits), 256 // layout.tokens // bits) for bits in (2, 1)}
         per_token = layout.values.spec.per == "token"
-        numbers = {**k_numbers, **v_numbers, "W2": _gcd32(columns[2]), "W1": _gcd32(columns[1]), "PER_TOKEN": per_token}
+        numbers = {**k_numbers, **v_numbers, "W2": _gcd32(columns[2]), "W1": _gcd32(columns[1]), "PER_TOKEN": per_token, "RESIDUAL": layout.keys.spec.transform != "principal"}
         numbers |= {"VBLOCK": channel_block(dim), "V_TOP": layout.values.top[0], "TILE_BYTES": layout.nbytes, "TOKENS": layout.tokens}
         numbers |= {"GROUPS": layout.keys.groups, "FP8": layout.keys.fmt == "fp8"}
     else:
         numbers = dict.fromkeys(_TILE_NUMBERS, 0)
-    splits = max(1, min(MAX_SPLITS, units, PROGRAMS // (batch * h * blocks) or 1))
+    splits = max(1, min(MAX_SPLITS, units, WARPS // warps // (batch * h * blocks)))
     partial = torch.empty(batch * h * blocks * splits * rows, width, device=device)
     stats = torch.empty(batch * h * blocks * splits * rows, 4, device=device)
     sink = s.sink_k is not None and s.sink_k.shape[2] > 0
@@ -590,30 +621,36 @@ def _attend_part(q: Tensor, s: HeadSet, kv_heads: tuple[int, ...], group: int, s
         q, axes, constant, row_scale, s.tiles if used else q, sink_k, sink_v, s.tail_k, s.tail_v, s.lengths, q if hidden is None else hidden, partial, stats, index,
         k_axis, k_step, k_weight, k_centre, v_step, *q.stride()[:3], *(s.tiles.stride()[:2] if used and s.tiles is not None else (0, 0)), *sink_k.stride()[:2], *s.tail_k.stride()[:2],
         batch, h, window or FAR_BACK, scale * LOG2E,
-        GROUP=group, Q=n_query, D=dim, DP=dp, ROWS=rows, WIDTH=width, RAW=RAW_TOKENS, SINK=sink, HIDDEN=hidden is not None, TILES=used,
-        num_warps=4, num_stages=2, **numbers,
+        GROUP=group, Q=n_query, D=dim, DP=dp, ROWS=rows, WIDTH=width, RAW=raw_tokens, SINK=sink, HIDDEN=hidden is not None, TILES=used,
+        num_warps=warps, num_stages=2, **numbers,
     )  # fmt: skip
+    merged = torch.empty(batch * h * blocks * rows, width, device=device)
+    merged_stats = torch.empty(batch * h * blocks * rows, 4, device=device)
+    _reduce[(batch * h * blocks, width // 16)](partial, stats, merged, merged_stats, splits, ROWS=rows, WIDTH=width, DP=dp, CHUNK=16, TOGETHER=32, num_warps=4)
     tensors, flags = _rotation_arguments(layout.values if layout else None, s.value_basis, q, used)
     flags.pop("NOISE")
     collect, weights, _ = _collect(layout.values, device) if layout else (q, q, 0)
     terms = _terms(layout.values, device) if layout else 1
-    _merge[(batch * h, blocks)](
-        partial, stats, out, lse, collect, weights, tensors["matrix"], tensors["order"], tensors["mean"], tensors["m_b"], tensors["m_h"],
-        h, index, splits, q_heads, GROUP=group, Q=n_query, D=dim, DP=dp, ROWS=rows, WIDTH=width, TILES=used, TERMS=terms, BLOCK=min(dp, 32), num_warps=4, **flags,
+    _finish[(batch * h, blocks)](
+        merged, merged_stats, out, lse, collect, weights, tensors["matrix"], tensors["order"], tensors["mean"], tensors["m_b"], tensors["m_h"],
+        h, index, q_heads, GROUP=group, Q=n_query, D=dim, DP=dp, ROWS=rows, WIDTH=width, TILES=used, TERMS=terms, BLOCK=min(dp, 32), num_warps=4, **flags,
     )  # fmt: skip
 
 
 _TILE_NUMBERS = [f"{x}_{n}" for x in "KV" for n in ("TWO", "ONE", "TRIT", "STEPS", "CENTRES", "FACTORS")]
 _TILE_NUMBERS += [f"{x}{n}" for x in "KV" for n in ("2", "1", "3", "C", "2P", "1P", "3P", "CP", "N")]
-_TILE_NUMBERS += ["W2", "W1", "PER_TOKEN", "VBLOCK", "V_TOP", "TILE_BYTES", "TOKENS", "GROUPS", "FP8"]
+_TILE_NUMBERS += ["W2", "W1", "PER_TOKEN", "RESIDUAL", "VBLOCK", "V_TOP", "TILE_BYTES", "TOKENS", "GROUPS", "FP8"]
 
 
 def _gcd32(n: int) -> int:
     return max(1, min(32, n & -n)) if n else 1
 
 
-def decode_attention(q: Tensor, sets: list[HeadSet], scale: float, hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """See ops.reference.decode_attention. Three launches for each set (and for each of its extra parts).
+def decode_attention(
+    q: Tensor, sets: list[HeadSet], scale: float, hidden: Tensor | None = None, warps: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """See ops.reference.decode_attention. Four launches for each set (and for each of its extra parts); `warps` of a
+    program are chosen unless given.
 
     Raises:
         BackendError: the inputs are not covered (see `unsupported`).
@@ -625,13 +662,13 @@ def decode_attention(q: Tensor, sets: list[HeadSet], scale: float, hidden: Tenso
     out = torch.empty(q.shape, dtype=torch.float32, device=q.device)
     lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
     for s in sets:
-        _attend_part(q, s, s.kv_heads, group, scale, hidden, s.window, out, lse)
+        _attend_part(q, s, s.kv_heads, group, scale, hidden, s.window, out, lse, warps)
     if any(s.extra for s in sets):
         for depth in range(max(len(s.extra) for s in sets)):
             more, more_lse = torch.zeros_like(out), torch.full_like(lse, -torch.inf)
             for s in sets:
                 if depth < len(s.extra):
-                    _attend_part(q, s.extra[depth], s.kv_heads, group, scale, hidden, None, more, more_lse)
+                    _attend_part(q, s.extra[depth], s.kv_heads, group, scale, hidden, None, more, more_lse, warps)
             total = torch.logaddexp(lse, more_lse)
             out = out * (lse - total).exp()[..., None] + more * (more_lse - total).exp()[..., None]
             lse = total

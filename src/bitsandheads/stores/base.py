@@ -40,11 +40,13 @@ class Prompt:
     Attributes:
         queries: [B, h, group, n, D], the newest queries of the chunk, grouped by KV head of the store.
         weight: float [B, n], 0 for padding rows.
+        scale: the factor of the model's attention scores.
         scores: per sequence, float [all its real tokens so far], or None.
     """
 
     queries: Tensor
     weight: Tensor
+    scale: float
     scores: list[Tensor] | None = None
 
 

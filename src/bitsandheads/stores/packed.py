@@ -68,10 +68,10 @@ class Recent:
         total = torch.einsum("bhgnd,bn->bhd", q.square(), w) / q.shape[2]
         return total / w.sum(1).clamp(min=1)[:, None, None]
 
-    def attention_mass(self, index: slice | Tensor, k: Tensor) -> Tensor:
+    def attention_mass(self, index: slice | Tensor, k: Tensor, scale: float) -> Tensor:
         """Mean attention that each key draws from those of these queries that see it; the queries are those of the newest keys.
 
-        k: [rows, h, T, D] -> float32 [rows, h, T].
+        k: [rows, h, T, D]; scale: factor of the scores -> float32 [rows, h, T].
         """
         q, w = self.q[index], self.weight[index]
         total, n = k.shape[2], q.shape[3]
@@ -79,7 +79,7 @@ class Recent:
         step = max(1, MASS_ELEMENTS // (q.shape[0] * q.shape[1] * q.shape[2] * total))
         place = torch.arange(total, device=k.device)
         for i in range(0, n, step):
-            scores = torch.einsum("bhgnd,bhtd->bhgnt", q[:, :, :, i : i + step], k).float() * k.shape[-1] ** -0.5
+            scores = torch.einsum("bhgnd,bhtd->bhgnt", q[:, :, :, i : i + step], k).float() * scale
             own = (torch.arange(i, min(i + step, n), device=k.device) + total - n).clamp(min=0)  # padding rows, weight 0, see one key
             scores = scores.masked_fill(place > own[:, None], -torch.inf)
             mass += torch.einsum("bhgnt,bn->bht", scores.softmax(-1), w[:, i : i + step])
@@ -192,9 +192,9 @@ class PackedStore(Store):
             assert prompt is not None and prompt.scores is not None  # see CompressedLayer._take_scores
             given = torch.stack([prompt.scores[b][:count] for b in rows]).to(self.tail.k.device)
             return given.float()[:, None].expand(-1, self.tail.k.shape[1], -1)
-        if self.recent is None or not quant.needs_mass:
+        if self.recent is None or prompt is None or not quant.needs_mass:
             return None
-        return self.recent.attention_mass(index, self.tail.k[index, :, :count])
+        return self.recent.attention_mass(index, self.tail.k[index, :, :count], prompt.scale)
 
     def _set_apart(
         self, rows: list[int], index: slice | Tensor, k: Tensor, v: Tensor, mass: Tensor | None
@@ -298,7 +298,6 @@ class PackedStore(Store):
             tokens = torch.cat([first[b, :, :whole].float(), rest.float()], 1)
             parts.append(torch.empty_like(tokens).scatter_(1, place[..., None].expand_as(tokens), tokens)[:, : total - beyond])
         self.first.count[b], self.bank.count[b], self.start_tiles[b], self.started[b] = 0, 0, 0, False
-        self.recent = None
         self.tail.put_front(b, *parts)
 
     def heads(self) -> HeadSet:
