@@ -29,7 +29,7 @@ SHAPES = {"Qwen2.5-VL-7B": (28, 4), "Llama-3.1-8B / Qwen3-4B": (32, 8)}
 DEVICE = torch.device("cuda")
 
 
-def timed(calls: list[Callable[[], object]], least: int = 16, repeats: int = 11) -> tuple[float, float, float]:
+def timed(calls: list[Callable[[], object]], least: int = 16, repeats: int = 9) -> tuple[float, float, float]:
     """Microseconds of one launch: median, low, high."""
     launches = max(least, len(calls))
     for call in calls[:2]:
@@ -119,7 +119,14 @@ def unpack_row(q_heads: int, kv_heads: int, batch: int, context: int) -> dict:
         torch.cuda.synchronize()
         times.append((time.perf_counter() - begin) * 1e6)
     times.sort()
-    return {"plan": "balanced", "backend": "unpack, then SDPA", "us": times[2], "us_low": times[0], "us_high": times[-1], "bytes": bytes_of([s])}
+    return {
+        "plan": "balanced",
+        "backend": "unpack, then SDPA",
+        "us": times[2],
+        "us_low": times[0],
+        "us_high": times[-1],
+        "bytes": bytes_of([s]),
+    }
 
 
 def main() -> None:
@@ -138,7 +145,7 @@ def main() -> None:
         "date": datetime.date.today().isoformat(), "commit": git.stdout.strip() or None, "read_bytes_per_second": read, "rows": [],
     }  # fmt: skip
     print(f"{report['gpu']}: {read / 1e12:.2f} TB/s read")
-    points = [(b, n) for n in (8192, 32768, 131072) for b in (1, 8, 32)]
+    points = [(b, n) for n in (131072, 32768, 8192) for b in (8, 1, 32)]
     if options.quick:
         points = [(1, 8192), (1, 32768), (8, 32768), (1, 131072), (8, 131072)]
     for model, (q_heads, kv_heads) in SHAPES.items():
@@ -147,8 +154,14 @@ def main() -> None:
                 continue
             shape = (q_heads, kv_heads, batch, context)
             rows = []
-            jobs = [lambda: sdpa_row("SDPA flash", SDPBackend.FLASH_ATTENTION, *shape), lambda: sdpa_row("SDPA cuDNN", SDPBackend.CUDNN_ATTENTION, *shape)]
-            jobs += [lambda p=p, b=b: packed_row(p, b, *shape) for p, b in (("bf16", "cuda"), ("bf16", "triton"), ("balanced", "cuda"), ("balanced", "triton"))]
+            jobs = [
+                lambda: sdpa_row("SDPA flash", SDPBackend.FLASH_ATTENTION, *shape),
+                lambda: sdpa_row("SDPA cuDNN", SDPBackend.CUDNN_ATTENTION, *shape),
+            ]
+            jobs += [
+                lambda p=p, b=b: packed_row(p, b, *shape)
+                for p, b in (("bf16", "cuda"), ("bf16", "triton"), ("balanced", "cuda"), ("balanced", "triton"))
+            ]
             jobs += [lambda p=p: packed_row(p, "cuda", *shape) for p in ("balanced, half windowed", "extreme")]
             jobs.append(lambda: packed_row("balanced", "cuda", *shape, ragged=True))
             if batch * context <= 1 << 18 and not options.quick:
@@ -161,7 +174,14 @@ def main() -> None:
                 torch.cuda.empty_cache()
             best = min((r["us"] for r in rows if r["plan"] == "bf16"), default=None)
             for row in rows:
-                row |= {"model": model, "batch": batch, "context": context, "best_bf16_us": best, "fp8_us": None, "speedup": best / row["us"] if best else None}
+                row |= {
+                    "model": model,
+                    "batch": batch,
+                    "context": context,
+                    "best_bf16_us": best,
+                    "fp8_us": None,
+                    "speedup": best / row["us"] if best else None,
+                }
                 row["share_of_read"] = row["bytes"] / row["us"] * 1e6 / read
                 report["rows"].append(row)
                 print(f"{model[:12]:12} B{batch:<3} {context // 1024:4}K {row['plan']:24} {row['backend']:18} {row['us']:8.1f} us [{row['us_low']:.1f}-{row['us_high']:.1f}]"

@@ -1,9 +1,9 @@
 """KV-cache compression for transformers: fewer bits, fewer heads.
 
-    import bitsandheads
+import bitsandheads
 
-    bitsandheads.enable(model)
-    out = model.generate(**inputs, past_key_values=bitsandheads.CompressedCache("balanced", model))
+bitsandheads.enable(model)
+out = model.generate(**inputs, past_key_values=bitsandheads.CompressedCache("balanced", model))
 """
 
 from .errors import (

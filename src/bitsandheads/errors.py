@@ -1,14 +1,14 @@
 """The exceptions that a user can meet. Each message says what was given, what is allowed and what to do.
 
-    BitsAndHeadsError
-    ├── PlanError (ValueError)            a plan, preset or plan file that cannot be used
-    ├── ShapeError (ValueError)           tensors of another shape than the plan or the model says
-    ├── NotFiniteError (ValueError)       NaN or infinity (or a value out of the metadata's range) in keys or values
-    ├── ModelMismatchError (ValueError)   a cache, file or score sheet that was made for another model
-    ├── AttentionNotEnabledError          a compressed cache met an attention function that cannot read it
-    ├── CacheStateError (RuntimeError)    an operation that the cache's present contents do not allow
-    ├── FileFormatError (ValueError)      a damaged, foreign or newer file
-    └── BackendError (RuntimeError)       a kernel backend that was asked for and cannot run here
+BitsAndHeadsError
+├── PlanError (ValueError)            a plan, preset or plan file that cannot be used
+├── ShapeError (ValueError)           tensors of another shape than the plan or the model says
+├── NotFiniteError (ValueError)       NaN or infinity (or a value out of the metadata's range) in keys or values
+├── ModelMismatchError (ValueError)   a cache, file or score sheet that was made for another model
+├── AttentionNotEnabledError          a compressed cache met an attention function that cannot read it
+├── CacheStateError (RuntimeError)    an operation that the cache's present contents do not allow
+├── FileFormatError (ValueError)      a damaged, foreign or newer file
+└── BackendError (RuntimeError)       a kernel backend that was asked for and cannot run here
 """
 
 

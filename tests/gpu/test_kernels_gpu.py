@@ -11,7 +11,9 @@ from bitsandheads.quant.spec import AxisClass, KVQuant, TensorQuant
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 BALANCED = get_plan("balanced").groups[0].quant
 MINMAX = KVQuant(TensorQuant((AxisClass(2, 1.0, "minmax"),)), TensorQuant((AxisClass(2, 1.0),)))
-FINE = KVQuant(TensorQuant((AxisClass(4, 1.0),), transform="hadamard"), TensorQuant((AxisClass(3, 0.5), AxisClass(1, 0.5))), tile=64, group_size=32)
+FINE = KVQuant(
+    TensorQuant((AxisClass(4, 1.0),), transform="hadamard"), TensorQuant((AxisClass(3, 0.5), AxisClass(1, 0.5))), tile=64, group_size=32
+)
 SMALL = KVQuant(TensorQuant((AxisClass(2, 1.0),)), TensorQuant((AxisClass(2, 1.0),)), tile=32, group_size=32, metadata="fp8")
 
 
@@ -22,7 +24,9 @@ def backend(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def check(backend: str, sets, q_heads: int, queries: int = 1, dim: int = 128, dtype=torch.bfloat16, worst: float = 1e-3, hidden=None) -> None:
+def check(
+    backend: str, sets, q_heads: int, queries: int = 1, dim: int = 128, dtype=torch.bfloat16, worst: float = 1e-3, hidden=None
+) -> None:
     batch = sets[0].tail_k.shape[0]
     q = torch.randn(batch, q_heads, queries, dim, device="cuda").to(dtype)
     out, lse = decode_attention(q, sets, dim**-0.5, hidden, backend)
@@ -68,13 +72,18 @@ def test_query_tokens(backend: str, queries: int) -> None:
 
 
 def test_windows_and_whole_heads(backend: str) -> None:
-    sets = [head_set(BALANCED, 128, (0, 3), [6, 0], [300, 44], [140, 255]), head_set(None, 128, (1,), [4, 4], [0, 0], [300, 200], window=256)]
+    sets = [
+        head_set(BALANCED, 128, (0, 3), [6, 0], [300, 44], [140, 255]),
+        head_set(None, 128, (1,), [4, 4], [0, 0], [300, 200], window=256),
+    ]
     check(backend, [*sets, head_set(None, 128, (2,), [0, 0], [0, 0], [5000, 7])], 28)
 
 
 @pytest.mark.parametrize("transform", ["none", "principal"])
 def test_outliers(backend: str, transform: str) -> None:
-    quant = KVQuant(TensorQuant((AxisClass(2, 1.0, "minmax"),), transform=transform), TensorQuant((AxisClass(2, 1.0),), transform=transform))
+    quant = KVQuant(
+        TensorQuant((AxisClass(2, 1.0, "minmax"),), transform=transform), TensorQuant((AxisClass(2, 1.0),), transform=transform)
+    )
     x = torch.randn(2, 2, 1280, 128, device="cuda")
     x[..., 5] *= 1000
     x[..., 9] = 1000.0

@@ -21,9 +21,7 @@ def vidkv(keys: str, values: str) -> CachePlan:
     high = KEYS[keys]
     classes = (AxisClass(2, high, "minmax"),) + ((AxisClass(1, 1 - high, "sign"),) if high < 1 else ())
     mixed = high < 1
-    key_quant = TensorQuant(
-        classes, transform="fourier" if mixed else "none", last_class_only=mixed, order="range" if mixed else "none"
-    )
+    key_quant = TensorQuant(classes, transform="fourier" if mixed else "none", last_class_only=mixed, order="range" if mixed else "none")
     value_class = AxisClass(2, 1.0, "minmax") if values == "2" else AxisClass("ternary", 1.0, "ternary", centre=False)
     quant = KVQuant(
         key_quant,

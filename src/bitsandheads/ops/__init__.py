@@ -56,7 +56,9 @@ def flatten_sets(sets: list[HeadSet]) -> tuple[list[Tensor], int]:
 
 
 @torch.library.custom_op("bitsandheads::decode_attention", mutates_args=())
-def _decode_attention(q: Tensor, tensors: list[Tensor], sets: int, scale: float, hidden: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
+def _decode_attention(
+    q: Tensor, tensors: list[Tensor], sets: int, scale: float, hidden: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor]:
     left = list(tensors)
     return _dispatch(q, [_rebuild(d, left) for d in _DESCRIPTIONS[sets]], scale, hidden, backend)
 
@@ -72,7 +74,10 @@ def _dispatch(q: Tensor, sets: list[HeadSet], scale: float, hidden: Tensor | Non
         from . import cuda_decode
 
         why = cuda_decode.unsupported(q, sets)
-        if why is None or backend == "cuda":
+        whole = backend == "auto" and all(s.tiles is None for s in sets) and why_not("triton", q.device) is None
+        if whole:  # without codes the Triton kernel is the faster one
+            chosen = "triton"
+        elif why is None or backend == "cuda":
             try:
                 return cuda_decode.decode_attention(q, sets, scale, hidden)
             except BackendError as e:
@@ -81,7 +86,8 @@ def _dispatch(q: Tensor, sets: list[HeadSet], scale: float, hidden: Tensor | Non
                 mark_failed("cuda", str(e))
         else:
             say_once(f"The cuda backend does not cover {why}; another backend takes over.")
-        chosen = "triton" if why_not("triton", q.device) is None else "reference"
+        if not whole:
+            chosen = "triton" if why_not("triton", q.device) is None else "reference"
     if chosen == "triton":
         from . import triton_decode
 

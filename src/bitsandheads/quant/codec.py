@@ -188,9 +188,7 @@ class HalfCodec:
         for cls, n in zip(layout.spec.classes, layout.sizes, strict=True):
             part = slice(first, first + n)
             top = 2 if cls.bits == TERNARY else 2 ** int(cls.bits) - 1
-            codes.append(
-                quantize(y[..., part], step_all[..., None, part], centre_all[..., None, part], top, cls.levels == "ternary")
-            )
+            codes.append(quantize(y[..., part], step_all[..., None, part], centre_all[..., None, part], top, cls.levels == "ternary"))
             first += n
         flat = torch.cat(codes, -1).flatten(3, 4).transpose(-1, -2)  # [B, H, N, D, tile]
         return layout.write(flat, step_bytes, centre_bytes, torch.cat([step_factor, centre_factor], -1))

@@ -112,9 +112,7 @@ class TensorQuant:
         ternary = [i for i, c in enumerate(self.classes) if c.bits == TERNARY]
         if ternary and ternary[-1] - ternary[0] >= len(ternary):
             raise PlanError(f"Classes {ternary} of TensorQuant.classes are ternary; put ternary classes side by side, as neighbours.")
-        if self.per == "token" and (
-            len(self.classes) != 1 or self.transform != "none" or self.classes[0].bits not in (1, 2, 3, 4)
-        ):
+        if self.per == "token" and (len(self.classes) != 1 or self.transform != "none" or self.classes[0].bits not in (1, 2, 3, 4)):
             raise PlanError('TensorQuant(per="token") takes one class of 1 to 4 bits and transform="none".')
         for name in ("query_weighted", "refit", "noise_correction"):
             if getattr(self, name) and self.transform != "principal":
