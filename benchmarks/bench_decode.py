@@ -14,6 +14,7 @@ import math
 import subprocess
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -25,6 +26,7 @@ from bitsandheads.ops.synthetic import head_set
 
 ROTATED = 220e6
 SINK, TAIL, DIM = 6, 192, 128
+SDPA = {"SDPA flash": SDPBackend.FLASH_ATTENTION, "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION}
 SHAPES = {"Qwen2.5-VL-7B": (28, 4), "Llama-3.1-8B / Qwen3-4B": (32, 8)}
 DEVICE = torch.device("cuda")
 
@@ -137,7 +139,7 @@ def main() -> None:
     options = parser.parse_args()
     start = time.time()
     read = roofline()
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
+    git = subprocess.run(["git", "rev-parse", "--verify", "--quiet", "HEAD"], capture_output=True, text=True)
     import triton
 
     report = {
@@ -154,18 +156,12 @@ def main() -> None:
                 continue
             shape = (q_heads, kv_heads, batch, context)
             rows = []
-            jobs = [
-                lambda: sdpa_row("SDPA flash", SDPBackend.FLASH_ATTENTION, *shape),
-                lambda: sdpa_row("SDPA cuDNN", SDPBackend.CUDNN_ATTENTION, *shape),
-            ]
-            jobs += [
-                lambda p=p, b=b: packed_row(p, b, *shape)
-                for p, b in (("bf16", "cuda"), ("bf16", "triton"), ("balanced", "cuda"), ("balanced", "triton"))
-            ]
-            jobs += [lambda p=p: packed_row(p, "cuda", *shape) for p in ("balanced, half windowed", "extreme")]
-            jobs.append(lambda: packed_row("balanced", "cuda", *shape, ragged=True))
+            jobs = [partial(sdpa_row, name, kernel, *shape) for name, kernel in SDPA.items()]
+            jobs += [partial(packed_row, plan, backend, *shape) for plan in ("bf16", "balanced") for backend in ("cuda", "triton")]
+            jobs += [partial(packed_row, plan, "cuda", *shape) for plan in ("balanced, half windowed", "extreme")]
+            jobs.append(partial(packed_row, "balanced", "cuda", *shape, ragged=True))
             if batch * context <= 1 << 18 and not options.quick:
-                jobs.append(lambda: unpack_row(*shape))
+                jobs.append(partial(unpack_row, *shape))
             for job in jobs:
                 try:
                     rows.append(job())
@@ -174,18 +170,13 @@ def main() -> None:
                 torch.cuda.empty_cache()
             best = min((r["us"] for r in rows if r["plan"] == "bf16"), default=None)
             for row in rows:
-                row |= {
-                    "model": model,
-                    "batch": batch,
-                    "context": context,
-                    "best_bf16_us": best,
-                    "fp8_us": None,
-                    "speedup": best / row["us"] if best else None,
-                }
+                speedup = best / row["us"] if best and "ragged" not in row["plan"] else None  # ragged: fewer tokens than the bf16 rows
+                row |= {"model": model, "batch": batch, "context": context, "best_bf16_us": best, "fp8_us": None, "speedup": speedup}
                 row["share_of_read"] = row["bytes"] / row["us"] * 1e6 / read
                 report["rows"].append(row)
-                print(f"{model[:12]:12} B{batch:<3} {context // 1024:4}K {row['plan']:24} {row['backend']:18} {row['us']:8.1f} us [{row['us_low']:.1f}-{row['us_high']:.1f}]"
-                      f" {row['bytes'] / row['us'] / 1e6:5.2f} TB/s {row['speedup'] or 0:5.2f}x", flush=True)  # fmt: skip
+                where = f"{model[:12]:12} B{batch:<3} {context // 1024:4}K {row['plan']:24} {row['backend']:18}"
+                spread = f"{row['us']:8.1f} us [{row['us_low']:.1f}-{row['us_high']:.1f}]"
+                print(f"{where} {spread} {row['bytes'] / row['us'] / 1e6:5.2f} TB/s {speedup or 0:5.2f}x", flush=True)
             with open(options.out, "w") as f:
                 json.dump(report, f, indent=1)
 

@@ -21,7 +21,6 @@ from bitsandheads.eval import fidelity
 from bitsandheads.eval.stats import bootstrap_ratio
 from bitsandheads.models import load
 
-
 STRIDE = 7001  # tokens between the starts of two windows
 
 

@@ -4,6 +4,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -51,6 +52,19 @@ def run_cases() -> None:
         again, _ = decode_attention(q, [one, two], dim**-0.5, backend="triton")
         assert torch.equal(got, again), name
         print(name, error, flush=True)
+    salient_part()
+
+
+def salient_part() -> None:
+    """A head set with a second packed part whose values have other codes."""
+    one = head_set(NOISE_FREE, 64, (0, 1), [3, 1], [1, 2], [4, 9], torch.float32, "cpu")
+    values = replace(NOISE_FREE, values=replace(NOISE_FREE.values, classes=(AxisClass(3, 1.0),)))
+    more = head_set(values, 64, (0, 1), [0, 0], [2, 0], [0, 0], torch.float32, "cpu", seed=1)
+    one.extra = (more,)
+    q = torch.randn(2, 4, 1, 64)
+    got, lse = decode_attention(q, [one], 0.125, backend="triton")
+    want, want_lse = reference.decode_attention(q.double(), [one], 0.125, dtype=torch.float64)
+    assert ((got.double() - want).norm() / want.norm()) < 1e-3 and (lse - want_lse).abs().max() < 5e-3
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")

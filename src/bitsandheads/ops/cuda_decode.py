@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..errors import BackendError
+from ..errors import BackendError, CacheStateError
 from ..quant.tile import HalfLayout, TileLayout
 from .heads import HeadSet
 from .rotations import rotation_matrix
@@ -263,7 +263,6 @@ def kernel(
     properties = torch.cuda.get_device_properties(device)
     cubin = cached_cubin(source(layout, dim, dtype, group, n_query, warps, stages), f"sm_{properties.major}{properties.minor}")
     with torch.cuda.device(device):
-        torch.cuda.current_stream().synchronize() if not torch.cuda.is_current_stream_capturing() else None
         module = _check(driver.cuModuleLoadData(cubin))
         function = _check(driver.cuModuleGetFunction(module, b"decode_attention"))
         shared = _shared_bytes(layout, dim, warps, stages)
@@ -338,22 +337,33 @@ def _set(s: HeadSet, keep: list[Tensor]) -> _Set:
     return p
 
 
-_scratch: dict[tuple[torch.device, int], tuple[Tensor, Tensor, Tensor]] = {}
+Scratch = tuple[Tensor, Tensor, Tensor]
+CAPTURED = -1  # stands for the stream of every captured graph
+_scratch: dict[tuple[torch.device, int], Scratch] = {}
+_retired: list[Scratch] = []  # outgrown, but graphs may have captured their addresses
 
 
-def _scratch_for(device: torch.device, slots: int, heads: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Partial results, their lse and the arrival counters (zero between launches), one set for each stream."""
-    key = (device, torch.cuda.current_stream(device).cuda_stream)
-    have = _scratch.get(key)
-    if have is None or have[0].numel() < slots * ROWS * dim or have[1].numel() < slots * ROWS or have[2].numel() < heads:
-        slots, heads = 2 * slots, 2 * heads
-        have = (
-            torch.empty(slots * ROWS * dim, device=device),
-            torch.empty(slots * ROWS, device=device),
-            torch.zeros(heads, dtype=torch.int32, device=device),
-        )
-        _scratch[key] = have
-    return have
+def _scratch_for(device: torch.device, slots: int, heads: int, dim: int) -> Scratch:
+    """Partial results, their lse and the arrival counters (zero between launches): one set for each stream, one for all graphs of a device.
+
+    The graphs' set must exist before a capture (where nothing can be zeroed); so graphs of one device must not run at the same time.
+    """
+    need = slots * ROWS * dim, slots * ROWS, heads
+    fits = lambda have: have is not None and all(t.numel() >= n for t, n in zip(have, need, strict=True))  # noqa: E731
+    capturing = torch.cuda.is_current_stream_capturing()
+    stream = CAPTURED if capturing else torch.cuda.current_stream(device).cuda_stream
+    if capturing and not fits(_scratch.get((device, CAPTURED))):
+        raise CacheStateError("Run one decode step of these shapes before capturing it in a graph: the kernel's scratch memory must exist.")
+    for key in () if capturing else ((device, stream), (device, CAPTURED)):
+        have = _scratch.get(key)
+        if fits(have):
+            continue
+        if have is not None:
+            _retired.append(have)
+        sums, lse, arrived = (2 * n for n in need)
+        zeros = torch.zeros(arrived, dtype=torch.int32, device=device)
+        _scratch[key] = torch.empty(sums, device=device), torch.empty(lse, device=device), zeros
+    return _scratch[device, stream]
 
 
 def decode_attention(
@@ -369,6 +379,7 @@ def decode_attention(
 
     Raises:
         BackendError: the inputs are not covered (see `unsupported`), or the kernel cannot be compiled.
+        CacheStateError: a graph is being captured before a step of these shapes has run.
     """
     if why := unsupported(q, sets):
         raise BackendError(f'The "cuda" backend does not cover {why}; use backend="triton" or "auto".')

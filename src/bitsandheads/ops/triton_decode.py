@@ -144,7 +144,7 @@ def _rotation_arguments(
 ) -> tuple[dict[str, object], dict[str, object]]:
     matrix = rotation_matrix(half, basis, like.device) if half is not None and used else None
     parts = {k: basis.get(k) if used else None for k in ("order", "mean", "noise")}
-    flags = {"MATRIX": matrix is not None} | {k.upper(): v is not None for k, v in parts.items()}
+    flags: dict[str, object] = {"MATRIX": matrix is not None, **{k.upper(): v is not None for k, v in parts.items()}}
     tensors = {k: like if v is None else v.contiguous() for k, v in parts.items()} | {"matrix": like if matrix is None else matrix}
     strides = (matrix.stride(0), matrix.stride(1)) if matrix is not None and matrix.dim() == 4 else (0, 0)
     return {**tensors, "m_b": strides[0], "m_h": strides[1]}, flags
@@ -210,10 +210,12 @@ def _attend_part(
     partial = torch.empty(batch * h * blocks * splits * rows, width, device=device)
     stats = torch.empty(batch * h * blocks * splits * rows, 4, device=device)
     sink = s.sink_k is not None and s.sink_k.shape[2] > 0
-    sink_k, sink_v = (s.sink_k, s.sink_v) if sink else (s.tail_k, s.tail_v)
+    sink_k = s.sink_k if sink and s.sink_k is not None else s.tail_k
+    sink_v = s.sink_v if sink and s.sink_v is not None else s.tail_v
     kernels.attend[(splits, batch * h, blocks)](
-        q, axes, constant, row_scale, s.tiles if used else q, sink_k, sink_v, s.tail_k, s.tail_v, s.lengths, q if hidden is None else hidden, partial, stats, index,
-        k_axis, k_step, k_weight, k_centre, v_step, *q.stride()[:3], *(s.tiles.stride()[:2] if used and s.tiles is not None else (0, 0)), *sink_k.stride()[:2], *s.tail_k.stride()[:2],
+        q, axes, constant, row_scale, s.tiles if used else q, sink_k, sink_v, s.tail_k, s.tail_v, s.lengths, q if hidden is None else hidden,
+        partial, stats, index, k_axis, k_step, k_weight, k_centre, v_step, *q.stride()[:3],
+        *(s.tiles.stride()[:2] if used and s.tiles is not None else (0, 0)), *sink_k.stride()[:2], *s.tail_k.stride()[:2],
         batch, h, window or FAR_BACK, scale * LOG2E,
         GROUP=group, Q=n_query, D=dim, DP=dp, ROWS=rows, WIDTH=width, RAW=raw_tokens, SINK=sink, HIDDEN=hidden is not None, TILES=used,
         num_warps=warps, num_stages=2, **numbers,

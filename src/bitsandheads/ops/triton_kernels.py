@@ -4,6 +4,9 @@ Shape letters: N query rows of a program (ROWS), D head_dim (DP: the next power 
 in one piece with its constants.
 """
 
+# mypy: ignore-errors
+# (kernels are written in Triton's language, not in Python: arguments are blocks)
+
 import triton
 import triton.language as tl
 
@@ -43,10 +46,7 @@ def _words(
     C: tl.constexpr = (N + E - 1) // E
     s = slots if PADDED == N else tl.minimum(slots, N - 1)
     c = s if E == 1 else s % C
-    if VALUES:
-        offset = c * 16 + rows
-    else:
-        offset = (c // WIDTH) * (16 * WIDTH) + rows * WIDTH + c % WIDTH
+    offset = c * 16 + rows if VALUES else (c // WIDTH) * (16 * WIDTH) + rows * WIDTH + c % WIDTH
     w = tl.load(ptr.to(tl.pointer_type(tl.int16)) + offset)
     if E > 1:
         w = w >> ((s // C) * BITS).to(tl.int16)
@@ -89,7 +89,10 @@ def _trits(ptr, slots, token, N: tl.constexpr, BIT: tl.constexpr):
 def rotate_query(q, out, constant, row_scale, matrix, order, mean, noise, q_b, q_h, q_t, m_b, m_h, heads, kv_heads, scale_log2, noise_log2, peak,
                   GROUP: tl.constexpr, Q: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
                   MATRIX: tl.constexpr, ORDER: tl.constexpr, MEAN: tl.constexpr, NOISE: tl.constexpr):  # fmt: skip
-    """Queries -> axes, float32 [B h, blocks * ROWS, D], each row scaled so that its largest entry is `peak`; the constant q . mean with the correction for noise, and what undoes the scaling."""
+    """Queries -> axes, float32 [B h, blocks * ROWS, D], each row scaled so that its largest entry is `peak`.
+
+    Also the constant q . mean with the correction for noise, and what undoes the scaling, for each row.
+    """
     bh = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
     b = bh // heads
@@ -178,11 +181,14 @@ def _attend_raw(
 def attend(q, q_axes, constant, row_scale, tiles, sink_k, sink_v, tail_k, tail_v, lengths, hidden, partial, stats, kv_heads,
             k_axis, k_step, k_weight, k_centre, v_step, q_b, q_h, q_t, tiles_b, tiles_h, sink_b, sink_h, tail_b, tail_h, batch, heads, window, scale_log2,
             GROUP: tl.constexpr, Q: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, RAW: tl.constexpr,
-            SINK: tl.constexpr, HIDDEN: tl.constexpr, TILES: tl.constexpr, TILE_BYTES: tl.constexpr, TOKENS: tl.constexpr, GROUPS: tl.constexpr, FP8: tl.constexpr,
+            SINK: tl.constexpr, HIDDEN: tl.constexpr, TILES: tl.constexpr, TILE_BYTES: tl.constexpr, TOKENS: tl.constexpr,
+            GROUPS: tl.constexpr, FP8: tl.constexpr,
             K_TWO: tl.constexpr, K_ONE: tl.constexpr, K_TRIT: tl.constexpr, K_STEPS: tl.constexpr, K_CENTRES: tl.constexpr, K_FACTORS: tl.constexpr,
-            K2: tl.constexpr, K1: tl.constexpr, K3: tl.constexpr, KC: tl.constexpr, K2P: tl.constexpr, K1P: tl.constexpr, K3P: tl.constexpr, KCP: tl.constexpr, KN: tl.constexpr, W2: tl.constexpr, W1: tl.constexpr,
+            K2: tl.constexpr, K1: tl.constexpr, K3: tl.constexpr, KC: tl.constexpr, K2P: tl.constexpr, K1P: tl.constexpr,
+            K3P: tl.constexpr, KCP: tl.constexpr, KN: tl.constexpr, W2: tl.constexpr, W1: tl.constexpr,
             V_TWO: tl.constexpr, V_ONE: tl.constexpr, V_TRIT: tl.constexpr, V_STEPS: tl.constexpr, V_CENTRES: tl.constexpr, V_FACTORS: tl.constexpr,
-            V2: tl.constexpr, V1: tl.constexpr, V3: tl.constexpr, VC: tl.constexpr, V2P: tl.constexpr, V1P: tl.constexpr, V3P: tl.constexpr, VCP: tl.constexpr, VN: tl.constexpr,
+            V2: tl.constexpr, V1: tl.constexpr, V3: tl.constexpr, VC: tl.constexpr, V2P: tl.constexpr, V1P: tl.constexpr,
+            V3P: tl.constexpr, VCP: tl.constexpr, VN: tl.constexpr,
             RESIDUAL: tl.constexpr, PER_TOKEN: tl.constexpr, VBLOCK: tl.constexpr, V_TOP: tl.constexpr):  # fmt: skip
     """One split of one (sequence, KV head, block of query rows): partial sums by slot, axis of the centres and channel, with maximum and sums."""
     split = tl.program_id(0)
@@ -256,7 +262,6 @@ def attend(q, q_axes, constant, row_scale, tiles, sink_k, sink_v, tail_k, tail_v
     if TILES:
         FIELDS: tl.constexpr = TOKENS // 16
         GF: tl.constexpr = FIELDS // GROUPS
-        VG: tl.constexpr = 1 if PER_TOKEN else GROUPS
         count = tl.load(lengths + batch + b)
         per = tl.cdiv(count, splits)
         qrow = (bh * tl.num_programs(2) + block) * ROWS + n
@@ -340,7 +345,7 @@ def attend(q, q_axes, constant, row_scale, tiles, sink_k, sink_v, tail_k, tail_v
                         )
                     s = (s * (by_step * (16777216.0 / (1 << _bit((g * GF + j), TOKENS)))) + bias) * scale_row[None] + shift[None]
                     top = tl.maximum(top, tl.max(s, 0))
-                    scores = scores + (s,)
+                    scores = scores + (s,)  # noqa: RUF005
                 alpha = tl.exp2(m - top)
                 m = top
                 norm_sum *= alpha
@@ -489,7 +494,8 @@ def reduce(
 
 @triton.jit
 def finish(partial, stats, out, lse, collect, weights, matrix, order, mean, m_b, m_h, heads, kv_heads, q_heads,
-           GROUP: tl.constexpr, Q: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, TILES: tl.constexpr, TERMS: tl.constexpr,
+           GROUP: tl.constexpr, Q: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+           TILES: tl.constexpr, TERMS: tl.constexpr,
            MATRIX: tl.constexpr, ORDER: tl.constexpr, MEAN: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """Gather the axes of one block of query rows from its partial sums, rotate the packed part back, write output and lse."""
     bh = tl.program_id(0).to(tl.int64)
