@@ -5,6 +5,7 @@ model's text part to it. `CompressedCache` is a transformers Cache whose compres
 `LayerHandle` in place of keys and values; every other cache and every other layer type runs as before.
 """
 
+import weakref
 from types import TracebackType
 from typing import Any, NoReturn
 
@@ -62,11 +63,30 @@ def fingerprint(config: Any) -> dict[str, Any]:
 # -- attention ----------------------------------------------------------------------------------------------------------------
 
 
+class MaskReader:
+    """read_mask, once for all layers of a forward pass (they share the mask tensor)."""
+
+    def __init__(self) -> None:
+        self.last: tuple[weakref.ref[Tensor], int, ChunkMask] | None = None
+
+    def read(self, mask: Tensor | None, n: int) -> ChunkMask:
+        """What `mask` says of the newest n tokens."""
+        if mask is None:
+            return read_mask(None, n)
+        if self.last is None or self.last[0]() is not mask or self.last[1] != n:
+            self.last = (weakref.ref(mask), n, read_mask(mask, n))
+        return self.last[2]
+
+    def forget(self) -> None:
+        """Let go of the mask."""
+        self.last = None
+
+
 class LayerHandle:
     """Stands for keys and values of a compressed layer. Only bitsandheads' attention function can read it."""
 
-    def __init__(self, cache: "CompressedCache", layer: CompressedLayer) -> None:
-        self.cache, self.layer = cache, layer
+    def __init__(self, masks: "MaskReader", layer: CompressedLayer) -> None:
+        self.masks, self.layer = masks, layer
 
     def _refuse(self) -> NoReturn:
         self.layer.staged = None  # so that the cache can be used once the attention is switched on
@@ -96,7 +116,7 @@ def _attention(base_name: str) -> Any:
         extra = [name for name in REFUSED if kwargs.get(name) is not None]
         if extra:
             raise PlanError(f"This model's attention uses {', '.join(extra)}, which compressed layers do not support. Use DynamicCache.")
-        chunk = key.cache.chunk_mask(attention_mask, query.shape[2])
+        chunk = key.masks.read(attention_mask, query.shape[2])
         scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
 
         def own(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -185,9 +205,9 @@ class CompressedCacheLayer(CacheLayerMixin):
     is_sliding = False
     supports_early_init = False
 
-    def __init__(self, owner: "CompressedCache", layer: CompressedLayer) -> None:
+    def __init__(self, masks: "MaskReader", layer: CompressedLayer) -> None:
         super().__init__()
-        self.owner, self.layer = owner, layer
+        self.masks, self.layer = masks, layer
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Stores are made when the first tokens arrive."""
@@ -197,7 +217,7 @@ class CompressedCacheLayer(CacheLayerMixin):
         """Stage the chunk; returns a LayerHandle for keys and for values."""
         self.is_initialized = True
         self.layer.stage(key_states, value_states)
-        handle = LayerHandle(self.owner, self.layer)
+        handle = LayerHandle(self.masks, self.layer)
         return handle, handle
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -264,12 +284,12 @@ class CompressedCache(Cache):
         self.resolved: ResolvedPlan = get_plan(plan).resolve(self.config)
         self.backend, self.dtype = backend, dtype
         own = DynamicCache(config=self.config).layers
+        self._masks = MaskReader()  # the layers hold it and not the cache: a cycle would keep the memory after `del cache`
         layers = [
-            keep if groups is None else CompressedCacheLayer(self, CompressedLayer(i, groups, shape, backend, dtype))
+            keep if groups is None else CompressedCacheLayer(self._masks, CompressedLayer(i, groups, shape, backend, dtype))
             for i, (keep, groups, shape) in enumerate(zip(own, self.resolved.layers, self.resolved.shapes, strict=True))
         ]
         super().__init__(layers=layers)
-        self._seen_mask: tuple[Tensor | None, int, ChunkMask] | None = None
 
     @property
     def plan(self) -> CachePlan:
@@ -282,12 +302,6 @@ class CompressedCache(Cache):
     def compressed_layers(self) -> list[CompressedLayer]:
         """The layers that the plan governs."""
         return [layer.layer for layer in self.layers if isinstance(layer, CompressedCacheLayer)]
-
-    def chunk_mask(self, mask: Tensor | None, n: int) -> ChunkMask:
-        """read_mask, once for all layers of a forward pass (they share the mask tensor)."""
-        if self._seen_mask is None or self._seen_mask[0] is not mask or self._seen_mask[1] != n or mask is None:
-            self._seen_mask = (mask, n, read_mask(mask, n))
-        return self._seen_mask[2]
 
     def set_token_scores(self, scores: Tensor) -> None:
         """Give the salience of the next prompt's tokens (Salience.by="given"); higher is kept better.
@@ -308,7 +322,7 @@ class CompressedCache(Cache):
                 layer.reset()
             else:
                 self.layers[i] = own[i]
-        self._seen_mask = None
+        self._masks.forget()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove -tokens_to_remove tokens; a positive number is the length to keep (transformers before 5.18).
