@@ -9,6 +9,7 @@ KL over kivi-2's with an interval from a paired block bootstrap.
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,16 @@ from rich.progress import track
 from bitsandheads import get_plan, preset_names
 from bitsandheads.demo import default_text, versions, write_json
 from bitsandheads.eval import fidelity
-from bitsandheads.eval.stats import bootstrap_ratio
+from bitsandheads.eval.stats import bootstrap_mean, bootstrap_ratio
 from bitsandheads.models import load
+
+
+def pooled(rows: list[dict], name: str, scale: Callable, back: Callable) -> dict[str, float]:
+    """Mean of a figure over windows on `scale`, with an interval from the windows' own (they are independent)."""
+    middle = float(np.mean([scale(r[name]) for r in rows]))
+    half = float(np.sqrt(sum(((scale(r[f"{name}_high"]) - scale(r[f"{name}_low"])) / 2) ** 2 for r in rows)) / len(rows))
+    return {name: float(back(middle)), f"{name}_low": float(back(middle - half)), f"{name}_high": float(back(middle + half))}
+
 
 STRIDE = 7001  # tokens between the starts of two windows
 
@@ -37,7 +46,9 @@ def summarise(rows: list[dict]) -> list[dict]:
                 for name in (plan, "kivi-2")
             )
             low, high = bootstrap_ratio(values, base, fidelity.BLOCK)
-            mean = {k: float(np.mean([r[k] for r in mine])) for k in ("top1", "perplexity", "kl")}
+            kl_low, kl_high = bootstrap_mean(values, fidelity.BLOCK)
+            mean = {"kl": float(values.mean()), "kl_low": kl_low, "kl_high": kl_high}
+            mean |= pooled(mine, "top1", np.asarray, float) | pooled(mine, "perplexity", np.log, np.exp)
             bits = {k: mine[0][k] for k in mine[0] if "bits" in k}
             ratio = {"kl_over_kivi2": float(values.mean() / base.mean()), "kl_over_kivi2_low": low, "kl_over_kivi2_high": high}
             out.append({"plan": plan, "context": context, "windows": len(windows), "tokens": len(values), **mean, **ratio, **bits})
@@ -79,9 +90,13 @@ def main() -> None:
     write_json({"model": args.model, "versions": versions(), "summary": summary, "rows": data["rows"]}, args.output)
     for r in summary:
         Console().print(
-            f"{r['context']:5} {r['plan']:16} {r['bits_per_element_without_residual']:.2f} bits  KL {r['kl']:.4f}  "
-            f"x kivi-2 {r['kl_over_kivi2']:.3f} [{r['kl_over_kivi2_low']:.3f}, {r['kl_over_kivi2_high']:.3f}]  top-1 {r['top1']:.3f}",
+            f"{r['context']:5} {r['plan']:16} {r['bits_per_element_without_residual']:.2f} bits  "
+            f"KL {r['kl']:.4f} [{r['kl_low']:.4f}, {r['kl_high']:.4f}]  "
+            f"x kivi-2 {r['kl_over_kivi2']:.3f} [{r['kl_over_kivi2_low']:.3f}, {r['kl_over_kivi2_high']:.3f}]  "
+            f"top-1 {r['top1']:.3f} [{r['top1_low']:.3f}, {r['top1_high']:.3f}]  "
+            f"perplexity {r['perplexity']:.2f} [{r['perplexity_low']:.2f}, {r['perplexity_high']:.2f}]",
             highlight=False,
+            soft_wrap=True,
         )
 
 

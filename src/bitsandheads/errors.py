@@ -25,7 +25,7 @@ class ShapeError(BitsAndHeadsError, ValueError):
 
 
 class NotFiniteError(BitsAndHeadsError, ValueError):
-    """NaN, infinity or an out-of-range value in keys or values."""
+    """NaN, infinity or an out-of-range value in keys or values. The forward pass was cut short: reset() the cache before using it again."""
 
 
 class ModelMismatchError(BitsAndHeadsError, ValueError):
