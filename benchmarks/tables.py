@@ -63,7 +63,30 @@ def decode() -> list[str]:
     return lines
 
 
-TABLES: dict[str, Callable[[], list[str]]] = {"presets": presets, "presets-by-length": presets_by_length, "decode": decode}
+def decode_qwen() -> list[str]:
+    data = json.loads((RESULTS / "decode-h100.json").read_text())
+    rows = {(r["batch"], r["context"], r["plan"], r["backend"]): r for r in data["rows"] if r["model"] == "Qwen2.5-VL-7B"}
+    lines = [
+        "| Qwen2.5-VL-7B | best bf16, us | CUDA `balanced` [low, high] | times | TB/s | CUDA `extreme` | half windowed | Triton `balanced` |",
+        "|---" * 8 + "|",
+    ]
+    for batch, context in sorted({(b, c) for b, c, *_ in rows}):
+        r = rows[batch, context, "balanced", "cuda"]
+        others = [("extreme", "cuda"), ("balanced, half windowed", "cuda"), ("balanced", "triton")]
+        cells = [f"{rows[batch, context, *o]['us']:.1f}" if (batch, context, *o) in rows else "-" for o in others]
+        lines.append(
+            f"| B{batch} {context // 1024}K | {r['best_bf16_us']:.1f} | {r['us']:.1f} [{r['us_low']:.1f}, {r['us_high']:.1f}] "
+            f"| {r['speedup']:.2f} | {r['bytes'] / r['us'] / 1e6:.2f} | {' | '.join(cells)} |"
+        )
+    return lines
+
+
+TABLES: dict[str, Callable[[], list[str]]] = {
+    "presets": presets,
+    "presets-by-length": presets_by_length,
+    "decode": decode,
+    "decode-qwen": decode_qwen,
+}
 
 
 def main() -> None:

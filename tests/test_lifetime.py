@@ -47,3 +47,20 @@ def test_a_deep_copy_lives_on_its_own() -> None:
         cache.reset()
         got = model(step, attention_mask=longer, past_key_values=other).logits
     assert torch.equal(got, want) and other.get_seq_length() == 701
+
+
+def test_a_mask_that_was_changed_in_place_is_read_again() -> None:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**TEXT, head_dim=64)).eval()
+    bh.enable(model)
+    cache = bh.CompressedCache("balanced", model)
+    ids = torch.randint(0, 90, (1, 6))
+    mask = torch.ones(1, 1, 6, 6, dtype=torch.bool).tril()
+    with torch.no_grad():
+        model(ids, attention_mask=mask, past_key_values=cache)
+        assert cache.compressed_layers()[0].real_tokens() == [6]
+        cache.crop(-6)
+        mask[..., :2] = False
+        mask[..., :2, :] = torch.eye(6, dtype=torch.bool)[:2]
+        model(ids, attention_mask=mask, past_key_values=cache)
+    assert [layer.real_tokens() for layer in cache.compressed_layers()] == [[4], [4]]

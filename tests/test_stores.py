@@ -1,4 +1,7 @@
-"""Random lives of a layer (append, crop, select, repeat, reset; with and without padding) against a plain list of its tokens."""
+"""Random lives of a layer (append, crop, select, repeat, reset; with and without padding) against a plain list of its tokens.
+
+One file: the oracle, the random lives and the cases found by them share the same helpers.
+"""
 
 from dataclasses import dataclass, replace
 

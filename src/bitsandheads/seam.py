@@ -64,9 +64,10 @@ def fingerprint(config: Any) -> dict[str, Any]:
 
 
 class MaskReader:
-    """read_mask, once for all layers of a forward pass (they share the mask tensor)."""
+    """read_mask, once for all layers of a forward pass (they share the mask tensor; `first` is the layer that begins a pass)."""
 
-    def __init__(self) -> None:
+    def __init__(self, first: int | None) -> None:
+        self.first = first
         self.last: tuple[weakref.ref[Tensor], int, ChunkMask] | None = None
 
     def read(self, mask: Tensor | None, n: int) -> ChunkMask:
@@ -217,6 +218,8 @@ class CompressedCacheLayer(CacheLayerMixin):
         """Stage the chunk; returns a LayerHandle for keys and for values."""
         self.is_initialized = True
         self.layer.stage(key_states, value_states)
+        if self.layer.index == self.masks.first:
+            self.masks.forget()  # the caller may have changed the same mask tensor in place since the last pass
         handle = LayerHandle(self.masks, self.layer)
         return handle, handle
 
@@ -284,7 +287,10 @@ class CompressedCache(Cache):
         self.resolved: ResolvedPlan = get_plan(plan).resolve(self.config)
         self.backend, self.dtype = backend, dtype
         own = DynamicCache(config=self.config).layers
-        self._masks = MaskReader()  # the layers hold it and not the cache: a cycle would keep the memory after `del cache`
+        compressed = [i for i, groups in enumerate(self.resolved.layers) if groups is not None]
+        self._masks = MaskReader(
+            min(compressed, default=None)
+        )  # the layers hold it and not the cache: a cycle would keep the memory after `del cache`
         layers = [
             keep if groups is None else CompressedCacheLayer(self._masks, CompressedLayer(i, groups, shape, backend, dtype))
             for i, (keep, groups, shape) in enumerate(zip(own, self.resolved.layers, self.resolved.shapes, strict=True))
