@@ -1,19 +1,11 @@
-"""The command line: bitsandheads demo | presets | plan | doctor."""
+"""bitsandheads demo | presets | plan | doctor."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from .errors import BitsAndHeadsError
-
-app = typer.Typer(
-    help="KV-cache compression for video and reasoning language models.", no_args_is_help=True, pretty_exceptions_enable=False
-)
-console = Console()
-if not console.is_terminal:
-    console = Console(width=120)
+from .base import app, console
 
 
 @app.command()
@@ -27,7 +19,7 @@ def demo(
     cache_dir: Annotated[Path | None, typer.Option(help="Where the converted model is kept; default: ~/.cache/bitsandheads.")] = None,
 ) -> None:
     """True bits, bytes, KL, top-1 and a continuation for each preset, on a real model and text."""
-    from . import demo as d
+    from .. import demo as d
 
     names = d.plans_from(plans) or d.PLANS
     data = d.run(d.Options(model, text, names, context, tokens, cache_dir), console)
@@ -38,8 +30,8 @@ def demo(
 @app.command()
 def presets() -> None:
     """All presets in a line each."""
-    from .methods import get_plan, preset_names
-    from .plan import describe
+    from ..methods import get_plan, preset_names
+    from ..plan import describe
 
     for name in preset_names():
         plan = get_plan(name)
@@ -56,7 +48,7 @@ def plan(
     """What a plan does to a model: head groups, bytes and bits at a length, from the configuration alone."""
     import transformers
 
-    from .methods import get_plan
+    from ..methods import get_plan
 
     resolved = get_plan(plan).resolve(transformers.AutoConfig.from_pretrained(model))
     console.print(resolved.table(tokens), highlight=False, soft_wrap=True)
@@ -68,20 +60,11 @@ def doctor() -> None:
     """Versions, devices, and which backend runs where and why."""
     import torch
 
-    from . import ops
-    from .demo import versions
+    from .. import ops
+    from ..demo import versions
 
     for name, value in versions().items():
         console.print(f"{name:13} {value}", highlight=False)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for line in ops.explain_backends(device):
         console.print(line, highlight=False, soft_wrap=True)
-
-
-def main() -> None:
-    """Entry point: errors of the user end in one line and exit code 2."""
-    try:
-        app()
-    except BitsAndHeadsError as error:
-        Console(stderr=True).print(f"[red]{type(error).__name__}[/red]: {error}", highlight=False, soft_wrap=True)
-        raise SystemExit(2) from error

@@ -1,0 +1,18 @@
+"""The command line. Each module of this package registers its commands at `app` when it is imported here."""
+
+from rich.console import Console
+
+from ..errors import BitsAndHeadsError
+from . import basics  # noqa: F401
+from .base import app
+
+__all__ = ["app", "main"]
+
+
+def main() -> None:
+    """Entry point: errors of the user end in one line and exit code 2."""
+    try:
+        app()
+    except BitsAndHeadsError as error:
+        Console(stderr=True).print(f"[red]{type(error).__name__}[/red]: {error}", highlight=False, soft_wrap=True)
+        raise SystemExit(2) from error
