@@ -18,9 +18,11 @@ from .errors import (
     ShapeError,
 )
 from .methods import get_plan, preset_names
+from .methods.heads import compose, rlkv
 from .plan import CachePlan, HeadGroup, LayerShape, Window
 from .quant.spec import AxisClass, KVQuant, Salience, TensorQuant
 from .saving import load_cache, save_cache
+from .scores import HeadScores
 from .seam import CompressedCache, disable, enable, enabled
 
 __version__ = "0.1.0"
@@ -35,6 +37,7 @@ __all__ = [
     "CompressedCache",
     "FileFormatError",
     "HeadGroup",
+    "HeadScores",
     "KVQuant",
     "LayerShape",
     "ModelMismatchError",
@@ -44,11 +47,13 @@ __all__ = [
     "ShapeError",
     "TensorQuant",
     "Window",
+    "compose",
     "disable",
     "enable",
     "enabled",
     "get_plan",
     "load_cache",
     "preset_names",
+    "rlkv",
     "save_cache",
 ]

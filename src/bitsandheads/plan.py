@@ -4,7 +4,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .errors import PlanError
 from .quant.spec import AxisClass, KVQuant, Salience, TensorQuant
@@ -54,6 +54,20 @@ class HeadGroup:
             raise PlanError(f"HeadGroup.kv_heads is {self.kv_heads!r}; give different head indices, at least one, or None for all.")
 
 
+class Sparsity(NamedTuple):
+    """How sparse a plan is, in both ways of counting.
+
+    windowed: share of the KV heads (of compressed layers) that have a window: the papers' sparsity s.
+    bytes_saved: share of the bytes that the model's own dtype would take at a length, sink and window counted.
+    """
+
+    windowed: float
+    bytes_saved: float
+
+    def __str__(self) -> str:
+        return f"{self.windowed:.1%} of the KV heads windowed, {self.bytes_saved:.1%} of the bytes saved"
+
+
 @dataclass(frozen=True)
 class LayerShape:
     """What a plan must know of a layer: compressed False means that transformers' own layer class keeps it."""
@@ -88,12 +102,14 @@ class CachePlan:
         groups: head groups of every layer that `layers` does not name.
         layers: layer index -> head groups of that layer.
         note: where the plan comes from (paper, search, head scores).
+        strict: `layers` must name exactly the compressed layers of the model, as in plans from head scores, which belong to one model.
     """
 
     name: str
     groups: tuple[HeadGroup, ...] = (HeadGroup(),)
     layers: dict[int, tuple[HeadGroup, ...]] = dataclasses.field(default_factory=dict)
     note: str = ""
+    strict: bool = False
 
     def __post_init__(self) -> None:
         for groups in (self.groups, *self.layers.values()):
@@ -125,7 +141,7 @@ class CachePlan:
             )
         try:
             layers = {int(i): tuple(map(_group, groups)) for i, groups in data["layers"].items()}
-            return cls(data["name"], tuple(map(_group, data["groups"])), layers, data["note"])
+            return cls(data["name"], tuple(map(_group, data["groups"])), layers, data["note"], data.get("strict", False))
         except PlanError:
             raise
         except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -155,7 +171,8 @@ class CachePlan:
         Args:
             config: a transformers configuration, or a list of LayerShape.
         Raises:
-            PlanError: the heads do not partition a layer, a layer index is out of range, or head_dim does not fit.
+            PlanError: the heads do not partition a layer, a layer index is out of range, a strict plan is for other layers, or head_dim
+                does not fit.
         """
         if isinstance(config, list):
             shapes = config
@@ -166,6 +183,12 @@ class CachePlan:
         unknown = sorted(i for i in self.layers if not 0 <= i < len(shapes))
         if unknown:
             raise PlanError(f"Plan {self.name!r} names layers {unknown}, but the model has layers 0..{len(shapes) - 1}.")
+        compressed = [i for i, shape in enumerate(shapes) if shape.compressed]
+        if self.strict and sorted(self.layers) != compressed:
+            raise PlanError(
+                f"Plan {self.name!r} is for a model with full attention in the layers {_ranges(sorted(self.layers))}, this model has it in "
+                f"{_ranges(compressed)}. Use head scores of this model."
+            )
         layers = [
             _check_partition(self.layers.get(i, self.groups), shape, i) if shape.compressed else None for i, shape in enumerate(shapes)
         ]
@@ -181,6 +204,10 @@ class CachePlan:
     def bits_for(self, config: Any, tokens: int, itemsize: int = 2) -> float:
         """Bits per cached element at this length, everything included: 8 * bytes / (2 * heads * tokens * head_dim)."""
         return self.resolve(config).bits_for(tokens, itemsize)
+
+    def sparsity(self, config: Any, tokens: int, itemsize: int = 2) -> Sparsity:
+        """Share of windowed heads, and true share of bytes saved by a cache of `tokens` tokens; sink and window counted."""
+        return self.resolve(config).sparsity(tokens, itemsize)
 
     def table(self, config: Any, tokens: int = 32768) -> str:
         """A readable table: for each kind of layer its head groups, bytes and bits at `tokens` tokens."""
@@ -201,10 +228,22 @@ class ResolvedPlan:
             group_bytes(g, s, tokens, itemsize) for s, groups in zip(self.shapes, self.layers, strict=True) for g in groups or ()
         )
 
+    def _elements(self, tokens: int) -> int:
+        return sum(2 * s.kv_heads * s.head_dim * tokens for s, g in zip(self.shapes, self.layers, strict=True) if g is not None)
+
     def bits_for(self, tokens: int, itemsize: int = 2) -> float:
         """See CachePlan.bits_for."""
-        elements = sum(2 * s.kv_heads * s.head_dim * tokens for s, g in zip(self.shapes, self.layers, strict=True) if g is not None)
+        elements = self._elements(tokens)
         return 8 * self.bytes_for(tokens, 1, itemsize) / elements if elements else float("nan")
+
+    def sparsity(self, tokens: int, itemsize: int = 2) -> Sparsity:
+        """See CachePlan.sparsity. NaN where no layer is compressed."""
+        groups = [g for layer in self.layers for g in layer or ()]
+        heads, elements = sum(len(g.kv_heads or ()) for g in groups), self._elements(tokens)
+        if not elements:
+            return Sparsity(float("nan"), float("nan"))
+        windowed = sum(len(g.kv_heads or ()) for g in groups if g.window is not None)
+        return Sparsity(windowed / heads, 1 - self.bytes_for(tokens, 1, itemsize) / (elements * itemsize))
 
     def table(self, tokens: int = 32768) -> str:
         """See CachePlan.table."""

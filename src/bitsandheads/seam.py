@@ -284,7 +284,7 @@ class CompressedCache(Cache):
 
     def __init__(self, plan: "str | CachePlan", model: Any, backend: str = "auto", dtype: torch.dtype | None = None) -> None:
         self.config = text_config(model)
-        self.resolved: ResolvedPlan = get_plan(plan).resolve(self.config)
+        self.resolved: ResolvedPlan = get_plan(plan, self.config).resolve(self.config)
         self.backend, self.dtype = backend, dtype
         own = DynamicCache(config=self.config).layers
         compressed = [i for i, groups in enumerate(self.resolved.layers) if groups is not None]

@@ -40,7 +40,7 @@ def presets() -> None:
 
 @app.command()
 def plan(
-    plan: Annotated[str, typer.Argument(help="Preset or plan file.")],
+    plan: Annotated[str, typer.Argument(help='Preset, plan file, or "rlkv:SCORES@SPARSITY", "balanced+rlkv:SCORES@SPARSITY".')],
     model: Annotated[str, typer.Option(help="Local folder or hub name; only its configuration is read.")],
     tokens: Annotated[int, typer.Option(min=1, help="Context length.")] = 32768,
     batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 1,
@@ -50,9 +50,12 @@ def plan(
 
     from ..methods import get_plan
 
-    resolved = get_plan(plan).resolve(transformers.AutoConfig.from_pretrained(model))
+    config = transformers.AutoConfig.from_pretrained(model)
+    resolved = get_plan(plan, config).resolve(config)
     console.print(resolved.table(tokens), highlight=False, soft_wrap=True)
-    console.print(f"{batch} x {tokens} tokens: {resolved.bytes_for(tokens, batch) / 1e9:.3f} GB")
+    console.print(
+        f"{batch} x {tokens} tokens: {resolved.bytes_for(tokens, batch) / 1e9:.3f} GB; {resolved.sparsity(tokens)}", highlight=False
+    )
 
 
 @app.command()

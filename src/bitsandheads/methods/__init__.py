@@ -3,10 +3,11 @@
 import difflib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from ..errors import PlanError
 from ..plan import CachePlan, HeadGroup
-from . import kivi, transform, vidkv
+from . import heads, kivi, transform, vidkv
 
 
 def bf16() -> CachePlan:
@@ -29,11 +30,14 @@ def preset_names() -> list[str]:
     return list(PRESETS)
 
 
-def get_plan(plan: "str | Path | CachePlan") -> CachePlan:
-    """A plan from a preset's name, a plan file's path, or a plan (returned as it is).
+def get_plan(plan: "str | Path | CachePlan", model: Any = None) -> CachePlan:
+    """A plan from a preset's name, a plan file's path, head scores ("rlkv:...", see methods/heads.py), or a plan (returned as it is).
 
+    Args:
+        model: a model or configuration that named head scores must belong to; None: not checked here.
     Raises:
-        PlanError: the name is no preset and no file.
+        PlanError: the name is no preset, no file and no plan with head scores.
+        ModelMismatchError: the head scores are another model's.
     """
     if isinstance(plan, CachePlan):
         return plan
@@ -41,7 +45,10 @@ def get_plan(plan: "str | Path | CachePlan") -> CachePlan:
         return PRESETS[str(plan)]()
     if Path(plan).is_file():
         return CachePlan.load(plan)
+    if heads.MARK in str(plan):
+        return heads.parse(str(plan), get_plan, model)
     near = difflib.get_close_matches(str(plan), PRESETS, 1)
     raise PlanError(
-        f"There is no preset or plan file {str(plan)!r}{f'; did you mean {near[0]!r}?' if near else '.'} Presets: {', '.join(PRESETS)}."
+        f"There is no preset or plan file {str(plan)!r}{f'; did you mean {near[0]!r}?' if near else '.'} Presets: {', '.join(PRESETS)}. "
+        "With head scores: rlkv:SCORES@SPARSITY, PRESET+rlkv:SCORES@SPARSITY."
     )
