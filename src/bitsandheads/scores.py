@@ -213,24 +213,21 @@ class HeadScores:
             ScoresNotFoundError: nothing of that name, or no file of head scores in it.
         """
         path = Path(name)
-        if path.is_file():
-            return cls.read(path)
         if path.is_dir():
             return cls.read(path / _choose((p.name for p in path.iterdir()), str(name)))
-        from huggingface_hub import hf_hub_download, list_repo_files
+        if path.is_file() or path.suffix == ".tsv" or path.is_absolute():
+            return cls.read(path)
+        from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
         try:
-            files = list_repo_files(str(name), revision=revision)
-            wanted = [_choose(files, str(name))]
-            wanted += [f for f in files if f == "config.json" and wanted[0] != FILE_NAME]
-            found = [hf_hub_download(str(name), f, revision=revision) for f in wanted]
+            folder = Path(snapshot_download(str(name), revision=revision, allow_patterns=[FILE_NAME, *FOREIGN_NAMES, "config.json"]))
         except (HfHubHTTPError, HFValidationError, OSError) as error:
             raise ScoresNotFoundError(
                 f"No head scores {str(name)!r}: it is no file or folder here, and the hub did not give it ({error}). "
                 "Give a file, a folder, or the name of a hub repository while online."
             ) from error
-        return cls.read(found[0])
+        return cls.read(folder / _choose((p.name for p in folder.iterdir()), str(name)))
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write head_scores.tsv into a folder (made if need be), as `from_pretrained` finds it; returns its path."""
