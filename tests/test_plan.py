@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import tiny_models as tm
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from strategies import plans
 
@@ -210,11 +210,33 @@ def test_bytes_for_presets(name: str) -> None:
         assert really_held(plan, shapes, tokens, batch, torch.bfloat16) == plan.bytes_for(shapes, tokens, batch)
 
 
+ONE_BIT_PER_TOKEN = bh.TensorQuant((bh.AxisClass(1, 1.0, "minmax"),), per="token")
+ALL_SALIENT = bh.KVQuant(  # three quarters of one tile are one tile
+    ONE_BIT_PER_TOKEN, bh.TensorQuant((bh.AxisClass(1, 1.0),)), 16, 16, residual=0, sink=0, basis_tokens=1, salience=bh.Salience(0.75)
+)
+
+
 @settings(max_examples=60)
+@example(plan=bh.CachePlan("all salient", (bh.HeadGroup(quant=ALL_SALIENT),)), tokens=16, batch=1, head_dim=16)
 @given(plan=plans(kv_heads=2, layers=1), tokens=st.integers(1, 600), batch=st.integers(1, 2), head_dim=st.sampled_from([16, 40, 64]))
 def test_bytes_for_random_plans(plan: bh.CachePlan, tokens: int, batch: int, head_dim: int) -> None:
     shapes = [bh.LayerShape(4, 2, head_dim)]
     assert really_held(plan, shapes, tokens, batch, torch.float32) == plan.bytes_for(shapes, tokens, batch, itemsize=4)
+
+
+@settings(max_examples=20)
+@given(plan=plans(kv_heads=2, layers=1), prompt=st.integers(1, 500), generated=st.integers(0, 300), head_dim=st.sampled_from([16, 40, 64]))
+def test_bytes_for_generated_tokens(plan: bh.CachePlan, prompt: int, generated: int, head_dim: int) -> None:
+    """Tokens that come one at a time are packed and dropped at other moments than a prompt's."""
+    shape = bh.LayerShape(4, 2, head_dim)
+    assume(not any(g.quant and g.quant.salience and g.quant.salience.by == "given" for g in plan.groups))
+    (groups,) = plan.resolve([shape]).layers
+    layer = CompressedLayer(0, groups, shape, "reference")
+    for n in [prompt] + [1] * generated:
+        layer.stage(*torch.randn(2, 1, 2, n, head_dim))
+        layer.attend(torch.randn(1, 4, n, head_dim), None, read_mask(None, n), 0.1, lambda q, k, v: q.transpose(1, 2))
+    counted = sum(layer.memory().in_use.values())
+    assert counted == plan.bytes_for([shape], prompt + generated, itemsize=4, generated=generated)
 
 
 @pytest.mark.parametrize("plan", ["bf16", "balanced", "kivi-2", "vidkv-1.5/1.66"])

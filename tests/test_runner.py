@@ -89,9 +89,9 @@ def test_batches_give_what_single_samples_give_and_come_longest_first(model):
         assert (a.output, a.output_tokens, a.cache_bytes) == (b.output, b.output_tokens, b.cache_bytes)
 
 
-@pytest.mark.parametrize("plan", [bh.get_plan("bf16"), PACKED], ids=lambda p: p.name)
+@pytest.mark.parametrize("plan", [bh.get_plan("bf16"), PACKED, WINDOW], ids=lambda p: p.name)
 def test_own_bytes_are_the_bytes_counted(model, plan):
-    """bytes_for describes a prompt; the cache here grew token by token. The end token is never drawn, so that all lengths are known."""
+    """The end token is never drawn, so that all lengths are known."""
     t = task(3, new=90)
     config = {"suppress_tokens": [END]}
     for r in flat(

@@ -194,12 +194,14 @@ class CachePlan:
         ]
         return ResolvedPlan(self, tuple(shapes), tuple(layers))
 
-    def bytes_for(self, config: Any, tokens: int, batch: int = 1, itemsize: int = 2) -> int:
-        """Bytes in use of a cache that holds `tokens` unpadded tokens of a prompt for each of `batch` sequences.
+    def bytes_for(self, config: Any, tokens: int, batch: int = 1, itemsize: int = 2, generated: int = 0) -> int:
+        """Bytes in use of a cache that holds `tokens` unpadded tokens for each of `batch` sequences.
 
-        itemsize: bytes of an element of the model's dtype. Layers that transformers' own classes keep are not counted.
+        Args:
+            itemsize: bytes of an element of the model's dtype. Layers that transformers' own classes keep are not counted.
+            generated: how many of the tokens came one at a time after the prompt.
         """
-        return self.resolve(config).bytes_for(tokens, batch, itemsize)
+        return self.resolve(config).bytes_for(tokens, batch, itemsize, generated)
 
     def bits_for(self, config: Any, tokens: int, itemsize: int = 2) -> float:
         """Bits per cached element at this length, everything included: 8 * bytes / (2 * heads * tokens * head_dim)."""
@@ -222,10 +224,10 @@ class ResolvedPlan:
     shapes: tuple[LayerShape, ...]
     layers: tuple[tuple[HeadGroup, ...] | None, ...]
 
-    def bytes_for(self, tokens: int, batch: int = 1, itemsize: int = 2) -> int:
+    def bytes_for(self, tokens: int, batch: int = 1, itemsize: int = 2, generated: int = 0) -> int:
         """See CachePlan.bytes_for."""
         return batch * sum(
-            group_bytes(g, s, tokens, itemsize) for s, groups in zip(self.shapes, self.layers, strict=True) for g in groups or ()
+            group_bytes(g, s, tokens, itemsize, generated) for s, groups in zip(self.shapes, self.layers, strict=True) for g in groups or ()
         )
 
     def _elements(self, tokens: int) -> int:
@@ -265,15 +267,18 @@ class ResolvedPlan:
         return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(r, widths, strict=True)).rstrip() for r in rows)
 
 
-def group_bytes(group: HeadGroup, shape: LayerShape, tokens: int, itemsize: int) -> int:
-    """Bytes in use of one head group of one sequence after an unpadded prompt of `tokens` tokens."""
+def group_bytes(group: HeadGroup, shape: LayerShape, tokens: int, itemsize: int, generated: int = 0) -> int:
+    """Bytes in use of one head group of one unpadded sequence of `tokens` tokens, the last `generated` of which came one at a time."""
     heads, head_dim = len(group.kv_heads or ()), shape.head_dim
     token = 2 * heads * head_dim * itemsize
+    prompt = tokens - generated
     if group.window is not None:
-        tail = max(tokens - group.window.sink, 0)
-        if tail >= group.window.recent + ROLLBACK:
-            tail = group.window.recent + ROLLBACK
-        return token * (min(tokens, group.window.sink) + tail)
+        sink, keep = group.window.sink, group.window.recent + ROLLBACK
+        of_prompt = max(prompt - sink, 0)
+        tail = min(of_prompt, keep) + max(tokens - sink, 0) - of_prompt
+        if tail >= keep + ROLLBACK:
+            tail = keep + (tail - keep) % ROLLBACK
+        return token * (min(tokens, sink) + tail)
     if group.quant is None:
         return token * tokens
     quant = group.quant
@@ -281,7 +286,8 @@ def group_bytes(group: HeadGroup, shape: LayerShape, tokens: int, itemsize: int)
     if not tiles:
         seen = min(tokens, RECENT_QUERIES) if quant.needs_queries else 0
         return token * tokens + seen * (heads * (shape.q_heads // shape.kv_heads) * head_dim * itemsize + 4)
-    salient = round(quant.salience.share * tiles) if quant.salience is not None else 0
+    first_tiles = quant.start_tiles(prompt) or -(-quant.basis_tokens // quant.tile)  # later tokens find no salient ones
+    salient = round(quant.salience.share * first_tiles) if quant.salience is not None else 0
     layout = TileLayout.of(quant, head_dim)
     packed = (tiles - salient) * layout.nbytes
     if salient and quant.salience is not None:

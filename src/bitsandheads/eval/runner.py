@@ -92,17 +92,19 @@ def _element_bytes(config: Any, itemsize: int) -> int:
     return sum(2 * s.kv_heads * s.head_dim * itemsize for s in layer_shapes(config) if s.compressed)
 
 
-def own_bytes(cache: Any, config: Any, tokens: int, batch: int) -> int:
-    """Bytes that a cache needs for one unpadded sequence of `tokens` tokens; only full-attention layers count.
+def own_bytes(cache: Any, config: Any, tokens: int, generated: int, batch: int) -> int:
+    """Bytes that a cache needs for one unpadded sequence of `tokens` tokens, of which so many were generated.
+
+    Only full-attention layers count.
 
     A CompressedCache is asked by its plan (a test holds that equal to the bytes counted). Another cache may have
-    `bytes_for(tokens)`; else an equal share of its `memory_bytes()`; a cache of transformers needs whole tokens of its dtype.
+    `bytes_for(tokens, generated)`; else an equal share of its `memory_bytes()`; a cache of transformers needs whole tokens of its dtype.
     """
     if isinstance(cache, CompressedCache):
         itemsize = (cache.dtype or config.dtype or torch.float32).itemsize
-        return cache.resolved.bytes_for(tokens, 1, itemsize)
+        return cache.resolved.bytes_for(tokens, 1, itemsize, generated)
     if hasattr(cache, "bytes_for"):
-        return int(cache.bytes_for(tokens))
+        return int(cache.bytes_for(tokens, generated))
     if hasattr(cache, "memory_bytes"):
         return int(cache.memory_bytes()) // batch
     return tokens * _element_bytes(config, cache.layers[0].keys.element_size())
@@ -267,7 +269,7 @@ def _run_batch(
     records = []
     for i, sample in enumerate(samples):
         in_cache = prompts[i] + lengths[i] - 1  # the last token is never fed back
-        own = own_bytes(cache, model.config, in_cache, batch)
+        own = own_bytes(cache, model.config, in_cache, lengths[i] - 1, batch)
         full = token_bytes * in_cache
         records.append(
             Record(

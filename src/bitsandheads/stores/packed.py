@@ -176,7 +176,8 @@ class PackedStore(Store):
             early = self._tiles(self.salient.layout, k[:, :, :chosen], v[:, :, :chosen], basis, mass[..., :chosen])
             self.salient.append(rows, early)
             k, v, mass = k[:, :, chosen:], v[:, :, chosen:], mass[..., chosen:]
-        self.bank.append(rows, self._tiles(self.layout, k, v, basis, mass))
+        if k.shape[2]:  # all tiles of a short prompt may be salient
+            self.bank.append(rows, self._tiles(self.layout, k, v, basis, mass))
         self.tail.drop_front(rows, end, quant.residual + quant.tile)
 
     @staticmethod
