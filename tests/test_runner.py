@@ -14,6 +14,7 @@ from bitsandheads.eval import runner
 from bitsandheads.eval.runner import evaluate, generate_records, plan_cache, repetition
 from bitsandheads.eval.runs import RunFolder, RunFolderError, read_records, read_run
 from bitsandheads.eval.stats import compare, mcnemar, wilson
+from bitsandheads.eval.summary import summarise
 from bitsandheads.eval.tasks import Task
 from bitsandheads.tasks import Sample
 
@@ -253,3 +254,41 @@ def test_several_seeds_have_no_mcnemar():
     assert (got.p, got.n, got.difference) == (None, 50, 0)
     with pytest.raises(ValueError, match="in common"):
         compare({"a": 1.0}, {"b": 1.0})
+
+
+# -- summaries ----------------------------------------------------------------------------------------------------------------
+
+
+def record(plan: str, id: int, score: float, seed: int = 0, kind: str = "a", **more) -> dict:
+    figures = dict(output_tokens=10, prompt_tokens=5, repetition=0.0, truncated=False, seconds=1.0, peak_bytes=7)
+    bytes_held = {"bf16": 1600, "p": 400}[plan]
+    size = dict(cache_bytes=bytes_held, full_bytes=1600)
+    return {"task": "t", "plan": plan, "seed": seed, "id": str(id), "kind": kind, "score": score} | figures | size | more
+
+
+def test_a_summary_row():
+    records = [record("bf16", i, 1.0) for i in range(40)] + [record("p", i, float(i >= 10), output_tokens=20) for i in range(40)]
+    base, row = summarise(records)
+    assert (base["accuracy"], base["verdict"], base["bits_per_element"]) == (1, None, 16)
+    assert (row["n"], row["accuracy"], row["difference"], row["verdict"]) == (40, 0.75, -0.25, "worse")
+    assert (row["low"], row["high"]) == wilson(30, 40)
+    assert row["p"] == mcnemar(0, 10)
+    assert (row["bits_per_element"], row["bytes_saved"], row["mean_output_tokens"], row["seconds"]) == (4, 0.75, 20, 40)
+
+
+def test_seeds_are_averaged_over_each_sample_first():
+    """Ten answers of one sample are no ten samples."""
+    records = [record("p", i, float(seed == 0), seed) for i in range(4) for seed in range(2)]
+    (row,) = summarise(records)
+    assert (row["n"], row["seeds"], row["accuracy"], row["low"], row["high"]) == (4, 2, 0.5, 0.5, 0.5)
+
+
+def test_summary_by_kind():
+    records = [record(plan, i, 1.0, kind="ab"[i % 2]) for plan in ("bf16", "p") for i in range(6)]
+    rows = summarise(records, by=["kind"])
+    assert [(r["kind"], r["plan"], r["n"], r["verdict"]) for r in rows] == [
+        ("a", "bf16", 3, None),
+        ("b", "bf16", 3, None),
+        ("a", "p", 3, "inside the noise"),
+        ("b", "p", 3, "inside the noise"),
+    ]
