@@ -1,10 +1,11 @@
 """Confidence intervals and paired comparisons."""
 
 import math
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 
@@ -87,7 +88,7 @@ class Comparison:
         return "better" if self.difference > 0 else "worse"
 
 
-def compare(scores: Mapping[Hashable, float], base: Mapping[Hashable, float]) -> Comparison:
+def compare(scores: Mapping[Any, float], base: Mapping[Any, float]) -> Comparison:
     """Compare two sets of scores on the samples that both have.
 
     Args:
