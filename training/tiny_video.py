@@ -1,0 +1,360 @@
+"""Train the tiny video model: a LLaVA-OneVision of a few million weights that answers questions about generated clips.
+
+    python training/tiny_video.py --out models/tiny-video --minutes 8.5        # one GPU
+    python training/tiny_video.py processor models/tiny-video                  # adds the processor; needs torchvision
+
+From scratch, no data files: clips and questions come from bitsandheads.tasks.video, simulated and rendered on the training
+device; test clips are left out by their hash. Clips grow longer while training goes on. Every batch is new, so the accuracy
+in the log is that on unseen clips; the last lines are accuracies by kind on test clips by generation.
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+import transformers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from bitsandheads.tasks import video
+
+PAD, USER, ASSISTANT, END, VIDEO, IMAGE, UNKNOWN = "<pad>", "<user>", "<assistant>", "<end>", "<video>", "<image>", "<unk>"
+SPECIAL = (PAD, USER, ASSISTANT, END, VIDEO, IMAGE, UNKNOWN)
+CHAT = (
+    "{% for m in messages %}{{ '<user> ' if m.role == 'user' else '<assistant> ' }}{% if m.content is string %}{{ m.content + ' ' }}{% else %}"
+    "{% for c in m.content %}{{ '<video> ' if c.type == 'video' else '<image> ' if c.type == 'image' else c.text + ' ' }}{% endfor %}{% endif %}"
+    "{{ '<end> ' if m.role == 'assistant' else '' }}{% endfor %}{{ '<assistant>' if add_generation_prompt else '' }}"
+)
+
+
+WORDS_EACH = 13  # tokens of a question and its answer, on average at most
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes of model and training. stages: (share of the time, frames, clips in a batch)."""
+
+    hidden: int = 256
+    layers: int = 6
+    ffn: int = 768
+    vision_hidden: int = 128
+    vision_layers: int = 2
+    vision_ffn: int = 384
+    patch: int = 6
+    lr: float = 1.5e-3
+    weight_decay: float = 0.05
+    warmup: int = 200
+    decay: float = 0.4
+    asked: int = 16
+    stages: tuple[tuple[float, int, int], ...] = ((0.25, 8, 128), (0.25, 16, 64), (0.5, 32, 32))
+    compiled: bool = True
+    clock: bool = False
+    seed: int = 0
+
+
+CONFIGS = {
+    "base": Config(),
+    "clock": Config(clock=True),
+    "short": Config(lr=1e-3, stages=((0.25, 8, 64), (0.25, 16, 32), (0.5, 32, 16))),
+    "plain": Config(clock=True, compiled=False),
+    "wide": Config(hidden=384, layers=4, ffn=1024, lr=1.2e-3),
+    "test": Config(
+        hidden=128,
+        layers=2,
+        ffn=256,
+        vision_hidden=64,
+        vision_layers=1,
+        vision_ffn=128,
+        stages=((0.5, 8, 4), (0.5, 12, 2)),
+        compiled=False,
+        warmup=5,
+    ),
+}
+
+
+def vocabulary() -> list[str]:
+    """Every token: special ones, then the words of questions and answers."""
+    words = {w for _, template, _ in video.TEMPLATES for w in template.split() if "{" not in w}
+    return [*SPECIAL, *sorted(words | set(video.WORDS) | set(video.ANSWERS))]
+
+
+def tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """One token for each word."""
+    raw = Tokenizer(models.WordLevel({w: i for i, w in enumerate(vocabulary())}, unk_token=UNKNOWN))
+    raw.normalizer = normalizers.Lowercase()
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    out = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=raw,
+        pad_token=PAD,
+        eos_token=END,
+        unk_token=UNKNOWN,
+        additional_special_tokens=[USER, ASSISTANT, VIDEO, IMAGE],
+        padding_side="left",
+    )
+    out.chat_template = CHAT
+    return out
+
+
+def model_config(c: Config) -> transformers.LlavaOnevisionConfig:
+    """The transformers configuration."""
+    words = vocabulary()
+    text = transformers.Qwen2Config(
+        vocab_size=-(-len(words) // 8) * 8,
+        hidden_size=c.hidden,
+        intermediate_size=c.ffn,
+        num_hidden_layers=c.layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=4096,
+        pad_token_id=words.index(PAD),
+        bos_token_id=None,
+        eos_token_id=words.index(END),
+        tie_word_embeddings=False,
+    )
+    vision = transformers.SiglipVisionConfig(
+        hidden_size=c.vision_hidden,
+        intermediate_size=c.vision_ffn,
+        num_hidden_layers=c.vision_layers,
+        num_attention_heads=c.vision_hidden // 64,
+        image_size=video.SIZE,
+        patch_size=c.patch,
+        vision_use_head=False,
+    )
+    return transformers.LlavaOnevisionConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=words.index(IMAGE),
+        video_token_index=words.index(VIDEO),
+        image_grid_pinpoints=[[video.SIZE, video.SIZE]],
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+        tie_word_embeddings=False,
+    )
+
+
+def pixels(frames: Tensor) -> Tensor:
+    """uint8 frames -> what the processor gives the model: 0..255 to -1..1, float32."""
+    return (frames.float() / 255 - 0.5) / 0.5
+
+
+def video_tokens(config: transformers.LlavaOnevisionConfig, frames: int) -> int:
+    """Tokens of a clip in the language model: patches after 2 x 2 pooling, and the newline."""
+    side = math.ceil(config.vision_config.image_size // config.vision_config.patch_size / 2)
+    return frames * side * side + 1
+
+
+class Encoder:
+    """Questions of whole batches to token ids, by table."""
+
+    def __init__(self, device: torch.device) -> None:
+        words = vocabulary()
+        self.id = {w: i for i, w in enumerate(words)}
+        self.words = torch.tensor([self.id[w] for w in video.WORDS], device=device)
+        self.answers = torch.tensor([self.id[w] for w in video.ANSWERS], device=device)
+        rows = [[USER, *template.split(), ASSISTANT] for _, template, _ in video.TEMPLATES]
+        slots = {"{a}": -1, "{b}": -2}
+        width = max(map(len, rows))
+        pad = self.id[PAD]
+        self.table = torch.tensor([[slots.get(w) or self.id[w] for w in r] + [pad] * (width - len(r)) for r in rows], device=device)
+
+    def dialogue(self, asked: video.Questions) -> tuple[Tensor, Tensor, Tensor]:
+        """All questions of a clip with their answers, one after another, cut at WORDS_EACH tokens for each.
+
+        Returns:
+            ids [N, L] padded on the right; the next token where it is an answer or its end, else -100: [N, L - 1]; templates of those
+            places where it is an answer, else the number of templates: [N, L - 1].
+        """
+        pad = self.id[PAD]
+        ids = self.table[asked.template]
+        ids = torch.where(ids == -1, self.words[asked.a][..., None], ids)
+        ids = torch.where(ids == -2, self.words[asked.b][..., None], ids)
+        end = torch.full_like(asked.answer, self.id[END])
+        ids = torch.cat([ids, self.answers[asked.answer][..., None], end[..., None]], -1)
+        ids = torch.where(asked.valid[..., None], ids, pad)
+        which = torch.full_like(ids, -1)
+        which[..., -2], which[..., -1] = asked.template, len(video.TEMPLATES)
+        order = (ids.flatten(1) == pad).int().argsort(dim=1, stable=True)[:, : WORDS_EACH * asked.valid.shape[1]]
+        ids, which = (x.flatten(1).gather(1, order) for x in (ids, which))
+        wanted = (which[:, 1:] >= 0) & (ids[:, 1:] != pad)
+        return ids, torch.where(wanted, ids[:, 1:], -100), torch.where(wanted, which[:, 1:], len(video.TEMPLATES))
+
+
+class Stream:
+    """Endless new training clips and questions of one length, in batches."""
+
+    def __init__(self, start: int, device: torch.device, block: int, asked: int) -> None:
+        self.next, self.device, self.block, self.asked = start, device, block, asked
+        self.frames = self.at = 0
+        self.scenes: video.Scenes | None = None
+        self.questions: video.Questions | None = None
+
+    def batch(self, size: int, frames: int) -> tuple[video.Scenes, video.Questions]:
+        """`size` clips of `frames` frames."""
+        while self.scenes is None or self.questions is None or frames != self.frames or self.at + size > len(self.scenes.ids):
+            numbers = torch.arange(self.next, self.next + self.block, device=self.device)
+            self.scenes, self.frames, self.at = video.clips("train", numbers, frames), frames, 0
+            self.questions = video.questions(self.scenes, self.asked)
+            self.next += self.block
+        part = slice(self.at, self.at + size)
+        self.at += size
+        return self.scenes.pick(part), self.questions.pick(part)
+
+
+def accuracy_line(right: Tensor, total: Tensor) -> dict[str, float]:
+    """Accuracy by kind and by template from counts [templates]."""
+    out = {}
+    for kind in video.KINDS:
+        of = torch.tensor([k == kind for k, _, _ in video.TEMPLATES] + [False], device=right.device)
+        out[kind] = float(right[of].sum() / total[of].sum().clamp(min=1))
+    out |= {f"t{i}": float(r / max(float(n), 1)) for i, (r, n) in enumerate(zip(right[:-1], total[:-1], strict=True))}
+    return {name: round(x, 3) for name, x in out.items()}
+
+
+def train(c: Config, out: Path, minutes: float, device: torch.device) -> transformers.LlavaOnevisionForConditionalGeneration:
+    """Train for so many minutes; writes train.jsonl as it goes."""
+    started = time.perf_counter()
+    torch.manual_seed(c.seed)
+    torch.set_float32_matmul_precision("high")
+    config = model_config(c)
+    model = transformers.LlavaOnevisionForConditionalGeneration(config).to(device).train()
+    if c.compiled:
+        for layer in [*model.model.language_model.layers, *model.model.vision_tower.encoder.layers]:
+            layer.compile(dynamic=False)
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": c.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=c.lr, betas=(0.9, 0.97), fused=device.type == "cuda")
+    encoder, stream = Encoder(device), Stream(1 << 40, device, 8192 if device.type == "cuda" else 512, c.asked)
+    templates = len(video.TEMPLATES) + 1
+    right, total, losses = torch.zeros(templates, device=device), torch.zeros(templates, device=device), torch.zeros((), device=device)
+    step = since = seen = 0
+    log = (out / "train.jsonl").open("w")
+    log.write(json.dumps({"config": asdict(c), "weights": sum(p.numel() for p in model.parameters()), "torch": torch.__version__}) + "\n")
+    while (done := (time.perf_counter() - started) / (60 * minutes)) < 1:
+        _, frames, size = next(s for i, s in enumerate(c.stages) if done < sum(x[0] for x in c.stages[: i + 1]) + 1e-9)
+        lr = c.lr * min(1, (step + 1) / c.warmup, (1 - done) / c.decay)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        scenes, asked = stream.batch(size, frames)
+        ids, target, which = encoder.dialogue(asked)
+        movie = torch.full((size, video_tokens(config, frames)), config.video_token_index, device=device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            logits = model(
+                input_ids=torch.cat([movie, ids], 1),
+                pixel_values_videos=pixels(video.render(scenes, c.clock)),
+                logits_to_keep=ids.shape[1],
+                use_cache=False,
+            ).logits[:, :-1]
+        loss = cross_entropy(logits.float().flatten(0, 1), target.flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            hits = (logits.argmax(-1) == target).float().flatten()
+            right.index_add_(0, which.flatten(), hits)
+            total.index_add_(0, which.flatten(), torch.ones_like(hits))
+            losses += loss.detach()
+        step, since, seen = step + 1, since + 1, seen + size
+        if step % 100 == 0 or (device.type == "cpu" and step % 20 == 0):
+            seconds = time.perf_counter() - started
+            line = {
+                "step": step,
+                "seconds": round(seconds, 1),
+                "frames": frames,
+                "clips": seen,
+                "lr": round(lr, 6),
+                "loss": round(float(losses) / since, 4),
+            }
+            log.write(json.dumps(line | accuracy_line(right, total)) + "\n")
+            log.flush()
+            print({k: v for k, v in (line | accuracy_line(right, total)).items() if not k.startswith("t")}, flush=True)
+            right.zero_(), total.zero_(), losses.zero_()
+            since = 0
+    log.close()
+    return model
+
+
+@torch.no_grad()
+def evaluate(
+    model: transformers.LlavaOnevisionForConditionalGeneration, count: int, frames: int, batch: int, clock: bool
+) -> dict[str, object]:
+    """Answers to `count` questions about test clips, by generation in bfloat16, each question after its own clip."""
+    device, words = model.device, vocabulary()
+    tok = tokenizer()
+    model = model.eval()
+    rows = list(video.samples(count, "test", frames))
+    right = {kind: [0, 0] for kind in video.KINDS}
+    for i in range(0, len(rows), batch):
+        part = rows[i : i + batch]
+        text = tok([f"{USER} {s.prompt} {ASSISTANT}" for s in part], return_tensors="pt", padding=True)
+        movie = torch.full((len(part), video_tokens(model.config, frames)), model.config.video_token_index)
+        ids = torch.cat([movie, text.input_ids], 1).to(device)  # the pads lie between clip and question, masked
+        mask = torch.cat([torch.ones_like(movie), text.attention_mask], 1).to(device)
+        numbers = torch.tensor([s.clip[0] for s in part], device=device)
+        clips = video.render(video.simulate(numbers, frames)[0], clock)
+        inputs = {"input_ids": ids, "attention_mask": mask, "pixel_values_videos": pixels(clips).to(model.dtype)}
+        got = model.generate(**inputs, max_new_tokens=2, do_sample=False)[:, ids.shape[1] :]
+        for s, tokens in zip(part, got.tolist(), strict=True):
+            right[s.kind][0] += video.score(s, words[tokens[0]])
+            right[s.kind][1] += 1
+    hits, n = (sum(x[i] for x in right.values()) for i in range(2))
+    return {"questions": n, "frames": frames, "accuracy": hits / n} | {kind: a / max(b, 1) for kind, (a, b) in right.items()}
+
+
+def save(model: transformers.LlavaOnevisionForConditionalGeneration, out: Path) -> None:
+    """Weights in bfloat16, configuration, tokenizer."""
+    plain = transformers.LlavaOnevisionForConditionalGeneration(model.config)
+    plain.load_state_dict(model.state_dict())
+    plain.to(torch.bfloat16).save_pretrained(out)
+    tokenizer().save_pretrained(out)
+
+
+def save_processor(out: Path) -> None:
+    """The processor's files, so that AutoProcessor loads the folder."""
+    config = transformers.AutoConfig.from_pretrained(out)
+    size = {"height": video.SIZE, "width": video.SIZE}
+    half = [0.5, 0.5, 0.5]
+    images = transformers.LlavaOnevisionImageProcessor(size=size, image_grid_pinpoints=[[video.SIZE] * 2], image_mean=half, image_std=half)
+    videos = transformers.LlavaOnevisionVideoProcessor(size=size, image_mean=half, image_std=half)
+    side = config.vision_config.image_size // config.vision_config.patch_size
+    processor = transformers.LlavaOnevisionProcessor(
+        images, tokenizer(), videos, num_image_tokens=side * side, vision_feature_select_strategy="full", chat_template=CHAT
+    )
+    processor.save_pretrained(out)
+
+
+def main() -> None:
+    """Train, save, evaluate; or add the processor."""
+    if sys.argv[1:2] == ["processor"]:
+        save_processor(Path(sys.argv[2]))
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--config", choices=CONFIGS, default="base")
+    parser.add_argument("--minutes", type=float, default=8.5, help="of training; loading, saving and evaluation come on top")
+    parser.add_argument("--questions", type=int, default=1536, help="of the evaluation at the end")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    config = replace(CONFIGS[options.config], seed=options.seed)
+    began = time.perf_counter()
+    model = train(config, options.out, options.minutes, torch.device(options.device))
+    save(model, options.out)
+    plain = transformers.LlavaOnevisionForConditionalGeneration.from_pretrained(options.out, dtype=torch.bfloat16).to(options.device)
+    result = evaluate(plain, options.questions, config.stages[-1][1], 64, config.clock)
+    result |= {"config": options.config, "minutes": options.minutes, "seconds": time.perf_counter() - began}
+    (options.out / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(result)
+
+
+if __name__ == "__main__":
+    main()
