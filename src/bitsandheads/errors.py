@@ -8,7 +8,8 @@ BitsAndHeadsError
 ├── AttentionNotEnabledError          a compressed cache met an attention function that cannot read it
 ├── CacheStateError (RuntimeError)    an operation that the cache's present contents do not allow
 ├── FileFormatError (ValueError)      a damaged, foreign or newer file
-└── BackendError (RuntimeError)       a kernel backend that was asked for and cannot run here
+├── BackendError (RuntimeError)       a kernel backend that was asked for and cannot run here
+└── TaskError (ValueError)            a generated task with a split, kind or level that does not exist
 """
 
 
@@ -46,3 +47,7 @@ class FileFormatError(BitsAndHeadsError, ValueError):
 
 class BackendError(BitsAndHeadsError, RuntimeError):
     """A kernel backend that was asked for by name and cannot run here."""
+
+
+class TaskError(BitsAndHeadsError, ValueError):
+    """A split, kind, level or text that a generated task does not have."""
