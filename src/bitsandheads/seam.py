@@ -7,7 +7,7 @@ model's text part to it. `CompressedCache` is a transformers Cache whose compres
 
 import weakref
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
@@ -17,12 +17,14 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .errors import AttentionNotEnabledError, CacheStateError, ModelMismatchError, PlanError, ShapeError
+from .gates.attention import HeadGates
 from .layer import ChunkMask, CompressedLayer, read_mask
 from .methods import get_plan
-from .plan import CachePlan, LayerShape, ResolvedPlan
+from .plan import CachePlan, LayerShape, ResolvedPlan, Window
 from .stores.base import Memory
 
 PREFIX = "bitsandheads_"
+GATED = "gated_bitsandheads"
 REFUSED = ("softcap", "s_aux", "position_bias")  # attention extras that the ops do not know; never dropped in silence
 
 
@@ -194,6 +196,62 @@ class enabled:
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         if not self.was_on:
             disable(self.model)
+
+
+# -- gates --------------------------------------------------------------------------------------------------------------------
+
+
+def _gated_attention(
+    module: torch.nn.Module, query: Tensor, key: Any, value: Any, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    extra = [name for name in (*REFUSED, "sliding_window") if kwargs.get(name) is not None] + ["dropout"] * bool(kwargs.get("dropout"))
+    if extra:
+        raise PlanError(f"This model's attention uses {', '.join(extra)}, which gated attention does not support.")
+    scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
+    gates: HeadGates = module.__dict__["head_gates"]
+    out = gates(cast(int, module.layer_idx), query, key, value, attention_mask, scale)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def enable_gates(model: Any, window: Window) -> HeadGates:
+    """Put a gate on every KV head of a transformers model, freeze all other parameters, and return the gates.
+
+    Every attention of the model is gated from then on: training, prefill and decoding, with any of transformers' caches.
+
+    Args:
+        model: a causal language model of transformers with plain full attention in every layer.
+        window: the local part of the gated attention.
+    Raises:
+        ModelMismatchError: a layer is no plain full attention, or the model has gates.
+    """
+    part = _text_model(model)
+    shapes = layer_shapes(model)
+    other = [i for i, shape in enumerate(shapes) if not shape.compressed]
+    if other or part.config._attn_implementation == GATED:
+        what = f"the layers {other} are no plain full attention" if other else "it has gates already; call disable_gates(model) first"
+        raise ModelMismatchError(f"Gates cannot be put on this {type(model).__name__}: {what}.")
+    gates = HeadGates(shapes, window).to(next(part.parameters()).device)
+    gates.former = part.config._attn_implementation
+    AttentionInterface.register(GATED, _gated_attention)
+    AttentionMaskInterface.register(GATED, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    part.set_attn_implementation(GATED)
+    model.requires_grad_(False)
+    for module in part.modules():
+        if hasattr(module, "layer_idx"):
+            module.__dict__["head_gates"] = gates  # no submodule: the parameter has one name
+    part.add_module("head_gates", gates)
+    return gates
+
+
+def disable_gates(model: Any) -> None:
+    """Take the gates off again; the model has its former attention implementation, its parameters stay frozen."""
+    part = _text_model(model)
+    if part.config._attn_implementation != GATED:
+        return
+    part.set_attn_implementation(part.head_gates.former)
+    del part.head_gates
+    for module in part.modules():
+        module.__dict__.pop("head_gates", None)
 
 
 # -- cache --------------------------------------------------------------------------------------------------------------------
