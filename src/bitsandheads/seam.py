@@ -6,6 +6,8 @@ model's text part to it. `CompressedCache` is a transformers Cache whose compres
 """
 
 import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, NoReturn, cast
 
@@ -20,11 +22,13 @@ from .errors import AttentionNotEnabledError, CacheStateError, ModelMismatchErro
 from .gates.attention import HeadGates
 from .layer import ChunkMask, CompressedLayer, read_mask
 from .methods import get_plan
+from .methods.vidkv import semantic_scores
 from .plan import CachePlan, LayerShape, ResolvedPlan, Window
 from .stores.base import Memory
 
 PREFIX = "bitsandheads_"
 GATED = "gated_bitsandheads"
+PROBED = "probed_bitsandheads"
 REFUSED = ("softcap", "s_aux", "position_bias")  # attention extras that the ops do not know; never dropped in silence
 
 
@@ -150,6 +154,37 @@ def _text_model(model: Any) -> Any:
     )
 
 
+def _watch_embeddings(model: Any, part: Any) -> None:
+    """Let caches whose plan asks for it score a prompt's tokens by the embeddings that enter the text part.
+
+    A token is visual where its embedding is not the one that the model's own table has for its id.
+    """
+
+    def wants(kwargs: Any) -> bool:
+        cache = kwargs.get("past_key_values")
+        return isinstance(cache, CompressedCache) and cache.scores_embeddings and not cache.get_seq_length()
+
+    def note(module: Any, args: Any, kwargs: Any) -> None:
+        if wants(kwargs):
+            ids = kwargs.get("input_ids", args[0] if args else None)
+            kwargs["past_key_values"].prompt = ids, kwargs.get("attention_mask")
+
+    def score(module: Any, args: Any, kwargs: Any) -> None:
+        if not wants(kwargs):
+            return
+        ids, mask = kwargs["past_key_values"].prompt
+        if ids is None:
+            return  # the layer raises a named error
+        own = model.get_input_embeddings()(ids)
+        embeddings = kwargs.get("inputs_embeds")
+        embeddings = own if embeddings is None else embeddings
+        real = torch.ones_like(ids, dtype=torch.bool) if mask is None or mask.ndim != 2 else mask.bool()
+        kwargs["past_key_values"].set_token_scores(semantic_scores(embeddings, (embeddings != own).any(-1), real))
+
+    hooks = [model.register_forward_pre_hook(note, with_kwargs=True), part.register_forward_pre_hook(score, with_kwargs=True)]
+    part.__dict__["bitsandheads_hooks"] = hooks
+
+
 def enable(model: Any) -> None:
     """Let a transformers model read compressed caches. Other caches work as before; calling it again does nothing.
 
@@ -171,6 +206,7 @@ def enable(model: Any) -> None:
             f"{type(part).__name__} does not take its attention from transformers' registry, so it cannot read compressed caches. "
             "Use DynamicCache with this model, or a model class with AttentionInterface support."
         )
+    _watch_embeddings(model, part)
 
 
 def disable(model: Any) -> None:
@@ -179,6 +215,8 @@ def disable(model: Any) -> None:
     name = part.config._attn_implementation
     if name.startswith(PREFIX):
         part.set_attn_implementation(name.removeprefix(PREFIX))
+        for hook in part.__dict__.pop("bitsandheads_hooks", ()):
+            hook.remove()
 
 
 class enabled:
@@ -252,6 +290,70 @@ def disable_gates(model: Any) -> None:
     del part.head_gates
     for module in part.modules():
         module.__dict__.pop("head_gates", None)
+
+
+# -- probes -------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class AttentionCall:
+    """One attention of a probed model: what it is given, and `own()`, the model's own result [B, Q, H_q, D].
+
+    layer: index in the model. q: [B, H_q, Q, D]; k, v: [B, H_kv, K, D], after RoPE. mask: bool [B, 1, Q, K], True = may be seen.
+    scale: factor of the scores.
+    """
+
+    layer: int
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor
+    scale: float
+    own: Callable[[], Tensor]
+
+
+def _probed_attention(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    def own() -> Tensor:
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **kwargs)[0]
+
+    if kwargs.get("sliding_window") is not None:
+        return own(), None
+    mask, sizes = attention_mask, (query.shape[2], key.shape[2])
+    if mask is None:
+        mask = torch.ones(1, 1, *sizes, dtype=torch.bool, device=query.device).tril(sizes[1] - sizes[0])
+    scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
+    mask = mask.expand(query.shape[0], -1, -1, -1)
+    return module.__dict__["attention_probe"](AttentionCall(cast(int, module.layer_idx), query, key, value, mask, scale, own)), None
+
+
+class probed:
+    """Context manager: every full attention of a model goes through `probe`; on exit the former attention is restored.
+
+    Args:
+        model: a transformers model; its attention is computed by PyTorch's sdpa inside.
+        probe: called with an AttentionCall, returns the attention's output [B, Q, H_q, D], usually `call.own()`.
+    """
+
+    def __init__(self, model: Any, probe: Callable[[AttentionCall], Tensor]) -> None:
+        self.part, self.probe = _text_model(model), probe
+        self.former = self.part.config._attn_implementation
+
+    def _attach(self, probe: Callable[[AttentionCall], Tensor] | None) -> None:
+        for module in self.part.modules():
+            if hasattr(module, "layer_idx"):
+                module.__dict__["attention_probe"] = probe
+
+    def __enter__(self) -> None:
+        AttentionInterface.register(PROBED, _probed_attention)
+        AttentionMaskInterface.register(PROBED, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+        self._attach(self.probe)
+        self.part.set_attn_implementation(PROBED)
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self.part.set_attn_implementation(self.former)
+        self._attach(None)
 
 
 # -- cache --------------------------------------------------------------------------------------------------------------------
@@ -344,6 +446,7 @@ class CompressedCache(Cache):
         self.config = text_config(model)
         self.resolved: ResolvedPlan = get_plan(plan, self.config).resolve(self.config)
         self.backend, self.dtype = backend, dtype
+        self.prompt: tuple[Tensor | None, Tensor | None] = None, None  # ids and mask of the chunk whose embeddings are scored
         own = DynamicCache(config=self.config).layers
         compressed = [i for i, groups in enumerate(self.resolved.layers) if groups is not None]
         self._masks = MaskReader(
@@ -366,6 +469,11 @@ class CompressedCache(Cache):
     def compressed_layers(self) -> list[CompressedLayer]:
         """The layers that the plan governs."""
         return [layer.layer for layer in self.layers if isinstance(layer, CompressedCacheLayer)]
+
+    @property
+    def scores_embeddings(self) -> bool:
+        """Whether the plan protects tokens by their embeddings (Salience.by="embedding")."""
+        return any(layer.scored_by == "embedding" for layer in self.compressed_layers())
 
     def set_token_scores(self, scores: Tensor) -> None:
         """Give the salience of the next prompt's tokens (Salience.by="given"); higher is kept better.
