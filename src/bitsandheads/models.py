@@ -3,6 +3,8 @@
 import importlib.util
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -74,14 +76,29 @@ def load(name: str, device: str | None = None, cache: Path | None = None) -> tup
     import transformers
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    path = str(smollm2_folder(cache)) if name == SMOLLM2 else name
     dtype = torch.float32 if device == "cpu" else "auto"
-    try:
+    with _named(name, "config.json, weights and tokenizer", cache) as path:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    return model.to(device).eval(), tokenizer
+
+
+def load_config(name: str, cache: Path | None = None) -> Any:
+    """The configuration alone of what `load` would load; raises ModelNotFoundError as it does."""
+    import transformers
+
+    with _named(name, "config.json", cache) as path:
+        return transformers.AutoConfig.from_pretrained(path)
+
+
+@contextmanager
+def _named(name: str, parts: str, cache: Path | None) -> Iterator[str]:
+    """The path behind a name; an OSError of the loading inside becomes a ModelNotFoundError."""
+    path = str(smollm2_folder(cache)) if name == SMOLLM2 else name
+    try:
+        yield path
     except OSError as error:
         raise ModelNotFoundError(
-            f"No model {name!r}: it is no local folder with config.json, weights and tokenizer, and the hub did not give it ({error}). "
+            f"No model {name!r}: it is no local folder with {parts}, and the hub did not give it ({error}). "
             f'Give a folder, a hub name while online, or "{SMOLLM2}".'
         ) from error
-    return model.to(device).eval(), tokenizer

@@ -46,11 +46,10 @@ def plan(
     batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 1,
 ) -> None:
     """What a plan does to a model: head groups, bytes and bits at a length, from the configuration alone."""
-    import transformers
-
     from ..methods import get_plan
+    from ..models import load_config
 
-    config = transformers.AutoConfig.from_pretrained(model)
+    config = load_config(model)
     resolved = get_plan(plan, config).resolve(config)
     console.print(resolved.table(tokens), highlight=False, soft_wrap=True)
     console.print(

@@ -99,6 +99,21 @@ def text_sequences(ids: collections.abc.Sequence[int], length: int, prompt: int,
     return [Sequence(tuple(ids[s : s + length]), prompt) for s in starts]
 
 
+def read_prompts(model: Any, tokenizer: Any, source: str, count: int, chat: bool | None) -> tuple[list[list[int]], list[int]]:
+    """Token ids of the first `count` prompts of problems (see gates.problems.read_problems), and the tokens that end an answer.
+
+    chat: through the chat template; None: if the tokenizer has one.
+    """
+    from ..eval.runner import prompt_ids
+    from ..eval.tasks import Task
+    from ..gates.problems import read_problems
+
+    use = bool(getattr(tokenizer, "chat_template", None)) if chat is None else chat
+    task = Task(source, read_problems(source)[:count], lambda sample, output: 0.0, max_new_tokens=1, chat=use)
+    ends = model.generation_config.eos_token_id
+    return prompt_ids(tokenizer, task), ends if isinstance(ends, list) else [] if ends is None else [ends]
+
+
 def solve(
     model: Any,
     prompts: collections.abc.Sequence[collections.abc.Sequence[int]],
