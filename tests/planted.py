@@ -43,7 +43,7 @@ def _weights() -> dict[str, torch.Tensor]:
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
     cut = torch.zeros(2, 64)
     cut[HEAD[0], 32 * HEAD[1] : 32 * (HEAD[1] + 1)] = 1  # 2 query heads of 16 for each KV head
-    for step in range(250):
+    for step in range(160):
         batch = problems(48, 1000 + step)
         enc = tok([p.prompt + p.answer + "<eos>" for p in batch], return_tensors="pt", padding=True, padding_side="left")
         with torch.no_grad():

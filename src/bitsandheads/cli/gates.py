@@ -71,7 +71,7 @@ def train(
     from ..gates.training import train as run
     from ..models import load
 
-    state = accelerate.PartialState()
+    state = accelerate.PartialState(cpu=not torch.cuda.is_available())
     if state.device.type == "cuda":
         torch.cuda.set_device(state.device)
     loaded, tokenizer = load(model, str(state.device))

@@ -141,7 +141,7 @@ def distill(
             optimizer.zero_grad()
             gates.clamp_()
             if progress is not None:
-                progress(step, float(error), float(gates.alpha.mean()))
+                progress(step, error.item(), gates.alpha.mean().item())
         fields = {"sink": config.sink, "recent": config.recent, "seed": config.seed, "extra": {"config": asdict(config)}}
         return HeadScores.of(gates.alpha, model, "duo", **(fields | header))
     finally:

@@ -7,7 +7,7 @@ import torch
 
 from ..seam import layer_shapes, text_config
 from .config import TrainConfig
-from .rollout import COLUMNS, PREFILL
+from .rollout import PREFILL, columns_for
 
 HEAD_CHUNK = 1024  # tokens whose logits TRL computes at once, with two float32 copies
 OVERHEAD = 2**30  # CUDA context, graphs, allocator
@@ -55,7 +55,7 @@ def estimate(config: Any, train: TrainConfig, prompt: int, dtype_bytes: int = 2)
         model: Any = transformers.AutoModelForCausalLM.from_config(config)
     text, shapes = text_config(config), layer_shapes(config)
     weights = sum(p.numel() for p in model.parameters()) * dtype_bytes
-    columns = -(-(prompt + train.max_new_tokens) // COLUMNS) * COLUMNS
+    columns = columns_for(prompt, train.max_new_tokens)
     cache = sum(2 * s.kv_heads * s.head_dim for s in shapes) * train.rollout_batch * columns * dtype_bytes
 
     hidden, wide, vocabulary = text.hidden_size, text.intermediate_size, text.vocab_size

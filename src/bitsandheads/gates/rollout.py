@@ -21,6 +21,15 @@ CHECK = 16  # steps between two looks at how many rows are done
 PREFILL = 32768  # tokens of one prefill pass
 
 
+def columns_for(prompt: int, new: int) -> int:
+    """Columns of the cache for prompts of at most `prompt` tokens and `new` more: SDPA's kernels like multiples of 8."""
+    return _up(_up(prompt, 8) + new, COLUMNS)
+
+
+def _up(n: int, unit: int) -> int:
+    return -(-n // unit) * unit
+
+
 class RolloutCache:
     """Keys and values of all rows in fixed buffers; the model sees the part that a step works on. Duck-typed transformers cache.
 
@@ -176,8 +185,8 @@ class RolloutEngine:
     # -- one batch --------------------------------------------------------------------------------------------------------------
 
     def _run(self, prompts: Sequence[Sequence[int]], noise: Tensor, new: int, temperature: float) -> list[tuple[list[int], list[float]]]:
-        width = -(-max(map(len, prompts)) // 8) * 8  # SDPA's kernels like multiples of 8
-        state = self._prepare(width + new, new)
+        width = _up(max(map(len, prompts)), 8)
+        state = self._prepare(columns_for(width, new), new)
         count = len(prompts)
         rows = next(r for r in reversed(self._ladder()) if r >= count)
         mask = torch.zeros(rows, width, dtype=torch.bool)
@@ -210,7 +219,7 @@ class RolloutEngine:
                     keep = torch.cat((active, state.done[:rows].nonzero().squeeze(1)))[:smaller]
                     state.select(keep)
                     rows = smaller
-            self._decode(rows, -(-(width + step) // COLUMNS) * COLUMNS, temperature)
+            self._decode(rows, _up(width + step, COLUMNS), temperature)
 
         done = int(state.step)
         tokens, logprobs = state.tokens[:done, :count].T.cpu(), state.logprobs[:done, :count].T.cpu()
@@ -227,7 +236,6 @@ class RolloutEngine:
 
     def _prepare(self, columns: int, new: int) -> _State:
         state = self.state
-        columns = -(-columns // COLUMNS) * COLUMNS
         if state is None or state.columns < columns or state.new < new:
             self.release()
             columns, new = (columns, new) if state is None else (max(columns, state.columns), max(new, state.new))

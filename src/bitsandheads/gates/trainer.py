@@ -79,7 +79,7 @@ class GateTrainer(GRPOTrainer):
     ) -> tuple[list[list[int]], list[list[float]]]:
         seed = (self.config.seed, self.state.global_step, self.accelerator.process_index)
         out = self.engine.generate(prompt_ids, self.config.max_new_tokens, self.config.temperature, seed)
-        total = self.accelerator.reduce(torch.tensor([out.count], device=self.accelerator.device, dtype=torch.float64)).item()
+        total = self.accelerator.gather(torch.tensor([out.count], device=self.accelerator.device)).sum().item()
         metrics = self._metrics["train"]
         metrics["rollout/seconds"].append(out.seconds)
         metrics["rollout/tokens"].append(total)

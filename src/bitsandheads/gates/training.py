@@ -233,7 +233,8 @@ def _trainer(
 
     from accelerate import PartialState
 
-    args = arguments(config, output, PartialState().num_processes, device.type == "cpu")
+    cpu = device.type == "cpu"
+    args = arguments(config, output, PartialState(cpu=cpu).num_processes, cpu)
     order = schedule(len(problems), config.steps, config.questions, config.seed)
     rows = [{"prompt": message(problems[i], config.chat), "index": i} for i in order]
     trainer = GateTrainer(
