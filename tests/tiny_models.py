@@ -73,6 +73,23 @@ def _qwen3_vl():
     return tf.Qwen3VLForConditionalGeneration(tf.Qwen3VLConfig(text_config=text, vision_config=vision, **VISION_TOKENS))
 
 
+def _internvl():
+    vision = dict(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=[56, 56], patch_size=[14, 14]
+    )
+    text = tf.Qwen2Config(**TEXT, head_dim=64)
+    vision_config = tf.InternVLVisionConfig(**vision)
+    return tf.InternVLForConditionalGeneration(
+        tf.InternVLConfig(vision_config=vision_config, text_config=text, image_token_id=90, image_seq_length=4)
+    )
+
+
+def _smolvlm():
+    vision = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=56, patch_size=14)
+    config = tf.SmolVLMConfig(vision_config=vision, text_config=tf.LlamaConfig(**TEXT, head_dim=64), image_token_id=90, scale_factor=2)
+    return tf.SmolVLMForConditionalGeneration(config)
+
+
 def _qwen3_next():
     return _causal(
         "Qwen3Next",
@@ -99,8 +116,11 @@ MODELS = {
     "llava-onevision": _llava_onevision,
     "qwen2.5-vl": _qwen2_5_vl,
     "qwen3-vl": _qwen3_vl,
+    "internvl": _internvl,
+    "smolvlm": _smolvlm,
     "qwen3-next": _qwen3_next,
 }
+FRAMES = ("internvl", "smolvlm")  # videos are rows of images to them, 4 tokens each here
 VISION = ("llava-onevision", "qwen2.5-vl", "qwen3-vl")
 
 

@@ -185,14 +185,15 @@ class CompressedLayer:
         return out
 
     def _take_scores(self, n: int, chunk: ChunkMask) -> None:
-        """Note the chunk's given token scores; tokens that come without are the least salient."""
+        """Note the chunk's token scores; tokens that come without are the least salient."""
         given, self.token_scores = self.token_scores, None
-        if not any(g.quant is not None and g.quant.salience is not None and g.quant.salience.by == "given" for g in self.groups):
+        if not self.scored_by:
             return
         if given is None and not self.segments:
             raise CacheStateError(
-                'The plan protects salient tokens by given scores (Salience.by="given"), but none were given. Call '
-                'cache.set_token_scores(scores) with float scores [batch, prompt tokens] before the prompt, or use by="attention".'
+                f'The plan protects salient tokens by scores (Salience.by="{self.scored_by}"), but none were given. '
+                "Call cache.set_token_scores(scores) with float scores [batch, prompt tokens] before the prompt, or use "
+                'by="attention". (by="embedding" scores prompts that the whole model is given as input_ids with pixels.)'
             )
         if given is None:
             given = torch.full((self.batch, n), -torch.inf)
@@ -202,6 +203,11 @@ class CompressedLayer:
             )
         new = [r if chunk.valid is None else r[chunk.valid[b].to(r.device)] for b, r in enumerate(given)]
         self.scores = new if self.scores is None else [torch.cat([s, r.to(s)]) for s, r in zip(self.scores, new, strict=True)]
+
+    @property
+    def scored_by(self) -> str:
+        """How tokens of this layer are scored from outside: "embedding", "given", or "" if not at all."""
+        return next((g.quant.salience.by for g in self.groups if g.quant and g.quant.salience and g.quant.salience.scored), "")
 
     def _whole_so_far(self, chunk: ChunkMask, n: int) -> bool:
         """n: tokens of the chunk. Whether the model's own attention over the tokens held gives what DynamicCache would give, bit for bit."""

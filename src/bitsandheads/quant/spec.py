@@ -15,7 +15,7 @@ from .metadata import MetadataFormat
 Transform = Literal["none", "hadamard", "dct", "fourier", "principal"]
 Order = Literal["none", "range", "variance", "query"]
 Levels = Literal["minmax", "gaussian", "sign", "ternary"]
-SalienceBy = Literal["attention", "given"]
+SalienceBy = Literal["attention", "embedding", "given"]
 
 TERNARY = "ternary"
 AXIS_MULTIPLE = 8
@@ -135,8 +135,9 @@ class Salience:
 
     Attributes:
         share: share of the packed prompt tokens, above 0 and below 1 (the paper: 0.2).
-        by: "attention": mass of attention from the last prompt queries, for each KV head; "given": scores handed to the
-            cache with `set_token_scores` (the paper's embedding similarity is computed so).
+        by: "attention": mass of attention from the last prompt queries, for each KV head; "embedding": similarity of a visual token's
+            embedding with the text tokens' (the paper's way, see methods.vidkv.semantic_scores; the first chunk of a prompt, of which the
+            model must be given the `input_ids`); "given": scores handed to the cache with `set_token_scores`.
         classes: the classes of a salient token's values; the transform is that of the other tokens.
     """
 
@@ -151,6 +152,11 @@ class Salience:
         total = sum(c.share for c in self.classes)
         if abs(total - 1) > 1e-6:
             raise PlanError(f"The shares of Salience.classes sum to {total}; they must sum to 1.")
+
+    @property
+    def scored(self) -> bool:
+        """Whether scores come from outside, one for each token and the same for all heads."""
+        return self.by != "attention"
 
 
 @dataclass(frozen=True)
@@ -212,8 +218,10 @@ class KVQuant:
         if self.values.noise_correction:
             raise PlanError("KVQuant.values.noise_correction is set, but only scores can be corrected; set it for the keys.")
         if self.salience is not None:
-            if self.salience.by == "given" and (self.heavy or self.keys.attention_weight or self.values.attention_weight):
-                raise PlanError('Salience(by="given") does not go with heavy tokens or attention weights; use by="attention".')
+            if self.salience.scored and (self.heavy or self.keys.attention_weight or self.values.attention_weight):
+                raise PlanError(
+                    f'Salience(by="{self.salience.by}") does not go with heavy tokens or attention weights; use by="attention".'
+                )
             replace(self.values, classes=self.salience.classes)  # raises where they do not fit
 
 

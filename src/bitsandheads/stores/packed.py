@@ -189,7 +189,7 @@ class PackedStore(Store):
     def _mass(self, rows: list[int], index: slice | Tensor, count: int, prompt: Prompt | None) -> Tensor | None:
         """Salience [rows, h, count] of all tokens in the tail, or None when the plan does not ask for it."""
         quant = self.quant
-        if quant.salience is not None and quant.salience.by == "given":
+        if quant.salience is not None and quant.salience.scored:
             assert prompt is not None and prompt.scores is not None  # see CompressedLayer._take_scores
             given = torch.stack([prompt.scores[b][:count] for b in rows]).to(self.tail.k.device)
             return given.float()[:, None].expand(-1, self.tail.k.shape[1], -1)
