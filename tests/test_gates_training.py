@@ -204,3 +204,18 @@ def test_the_trainer_adds_the_penalty_to_trls_loss(tmp_path, monkeypatch):
     run(tmp_path, replace(CONFIG, steps=1, beta=0.25), reward=lambda sample, output: 1.0)
     assert [n for _, n in seen] == [2, 2]
     assert [loss for loss, _ in seen] == pytest.approx([0.25 * (torch.e - 1) / 2] * 2, rel=1e-4)
+
+
+def test_training_without_its_packages_says_what_to_install(tmp_path, monkeypatch):
+    import sys
+
+    from typer.testing import CliRunner
+
+    from bitsandheads.cli import app
+
+    (tmp_path / "p.jsonl").write_text('{"prompt": "1", "answer": "1"}\n')
+    monkeypatch.setitem(sys.modules, "trl", None)
+    monkeypatch.delitem(sys.modules, "bitsandheads.gates.training")
+    monkeypatch.delitem(sys.modules, "bitsandheads.gates.trainer")
+    result = CliRunner().invoke(app, ["heads", "train", "--model", "m", "--problems", str(tmp_path / "p.jsonl"), "--output", str(tmp_path)])
+    assert isinstance(result.exception, BackendError) and "bitsandheads[train]" in str(result.exception)

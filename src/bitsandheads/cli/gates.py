@@ -53,7 +53,7 @@ def train(
         import transformers
 
         from ..gates.memory import estimate
-        from ..gates.training import encode
+        from ..gates.prompts import encode
 
         tokenizer = transformers.AutoTokenizer.from_pretrained(model)
         prompt = max(len(encode(tokenizer, s, chosen.chat)) for s in samples)
@@ -64,12 +64,18 @@ def train(
             _say(line)
         return
 
-    import accelerate
     import torch
 
     from .. import __version__
-    from ..gates.training import train as run
+    from ..errors import BackendError
     from ..models import load
+
+    try:
+        import accelerate
+
+        from ..gates.training import train as run
+    except ModuleNotFoundError as error:
+        raise BackendError(f'Training needs {error.name}. Run `pip install "bitsandheads[train]"`.') from error
 
     state = accelerate.PartialState(cpu=not torch.cuda.is_available())
     if state.device.type == "cuda":
@@ -95,7 +101,7 @@ def curriculum(
     """Choose the problems that the model itself solves greedily, spread over output lengths. Called again, it goes on where it was cut off."""
     from ..gates.curriculum import Spread, build
     from ..gates.problems import get_reward, read_problems
-    from ..gates.training import encode, make_engine
+    from ..gates.prompts import encode, make_engine
     from ..models import load
 
     spread = Spread(_numbers(edges), _numbers(counts))
@@ -129,7 +135,7 @@ def distill(
     from ..gates import distill as d
     from ..gates.config import load_config
     from ..gates.problems import read_problems
-    from ..gates.training import encode
+    from ..gates.prompts import encode
     from ..models import load
 
     chosen = load_config(d.DistillConfig, config, steps=steps, seed=seed)
