@@ -9,50 +9,15 @@ KL over kivi-2's with an interval from a paired block bootstrap.
 
 import argparse
 import json
-from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 from rich.console import Console
 from rich.progress import track
 
 from bitsandheads import get_plan, preset_names
 from bitsandheads.demo import default_text, versions, write_json
 from bitsandheads.eval import fidelity
-from bitsandheads.eval.stats import bootstrap_mean, bootstrap_ratio
 from bitsandheads.models import load
-
-
-def pooled(rows: list[dict], name: str, scale: Callable, back: Callable) -> dict[str, float]:
-    """Mean of a figure over windows on `scale`, with an interval from the windows' own (they are independent)."""
-    middle = float(np.mean([scale(r[name]) for r in rows]))
-    half = float(np.sqrt(sum(((scale(r[f"{name}_high"]) - scale(r[f"{name}_low"])) / 2) ** 2 for r in rows)) / len(rows))
-    return {name: float(back(middle)), f"{name}_low": float(back(middle - half)), f"{name}_high": float(back(middle + half))}
-
-
-STRIDE = 7001  # tokens between the starts of two windows
-
-
-def summarise(rows: list[dict]) -> list[dict]:
-    """One row for each plan and context: mean KL over the windows, and its ratio to kivi-2's on the same tokens."""
-    out = []
-    for context in sorted({r["context"] for r in rows}):
-        here = [r for r in rows if r["context"] == context]
-        for plan in dict.fromkeys(r["plan"] for r in here):
-            mine = [r for r in here if r["plan"] == plan]
-            windows = sorted(r["window"] for r in mine)
-            values, base = (
-                np.concatenate([r["token_kl"] for w in windows for r in here if r["window"] == w and r["plan"] == name])
-                for name in (plan, "kivi-2")
-            )
-            low, high = bootstrap_ratio(values, base, fidelity.BLOCK)
-            kl_low, kl_high = bootstrap_mean(values, fidelity.BLOCK)
-            mean = {"kl": float(values.mean()), "kl_low": kl_low, "kl_high": kl_high}
-            mean |= pooled(mine, "top1", np.asarray, float) | pooled(mine, "perplexity", np.log, np.exp)
-            bits = {k: mine[0][k] for k in mine[0] if "bits" in k}
-            ratio = {"kl_over_kivi2": float(values.mean() / base.mean()), "kl_over_kivi2_low": low, "kl_over_kivi2_high": high}
-            out.append({"plan": plan, "context": context, "windows": len(windows), "tokens": len(values), **mean, **ratio, **bits})
-    return out
 
 
 def main() -> None:
@@ -77,14 +42,14 @@ def main() -> None:
             todo = [p for p in plans if (p.name, context, window) not in done]
             if not todo:
                 continue
-            offset = window * STRIDE % (length - need)
+            offset = window * fidelity.STRIDE % (length - need)
             ids = fidelity.token_ids(tokenizer, text, context, args.tokens, offset)
             against = fidelity.reference(model, ids, context, args.tokens)
             for plan in todo:
                 row, _ = fidelity.measure(model, plan, against)
                 data["rows"].append(row | {"window": window, "offset": offset})
                 write_json(data, args.output)
-    summary = summarise(data["rows"])
+    summary = fidelity.summarise(data["rows"])
     for row in data["rows"]:
         row["token_kl"] = [float(f"{x:.4g}") for x in row["token_kl"]]
     write_json({"model": args.model, "versions": versions(), "summary": summary, "rows": data["rows"]}, args.output)

@@ -133,9 +133,9 @@ def test_repetition():
 
 def test_tasks_that_cannot_be_run(model):
     twice = Task("twice", [Sample("a", "w3", "w4")] * 2, lambda s, o: 0.0, 4)
-    with pytest.raises(runner.TaskError, match="same id"):
+    with pytest.raises(bh.errors.TaskError, match="same id"):
         next(generate_records(model, tokenizer(), twice, plan_cache("bf16"), plan="bf16"))
-    with pytest.raises(runner.TaskError, match="chat template"):
+    with pytest.raises(bh.errors.TaskError, match="chat template"):
         next(generate_records(model, tokenizer(), task(chat=True), plan_cache("bf16"), plan="bf16"))
 
 

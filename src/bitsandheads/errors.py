@@ -50,4 +50,4 @@ class BackendError(BitsAndHeadsError, RuntimeError):
 
 
 class TaskError(BitsAndHeadsError, ValueError):
-    """A split, kind, level or text that a generated task does not have."""
+    """A task that there is not, or not with these data, kinds, levels or settings."""

@@ -3,7 +3,7 @@
 from rich.console import Console
 
 from ..errors import BitsAndHeadsError
-from . import basics, gates, heads  # noqa: F401
+from . import basics, evaluate, gates, heads  # noqa: F401
 from .base import app
 
 __all__ = ["app", "main"]

@@ -1,7 +1,7 @@
 """How far a compressed cache moves a model's next-token distribution: KL, perplexity and top-1 on teacher-forced text."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +13,13 @@ from transformers import DynamicCache
 from ..errors import BitsAndHeadsError
 from ..plan import CachePlan
 from ..seam import CompressedCache, enabled
-from .stats import bootstrap_mean
+from .runs import RunFolder
+from .stats import bootstrap_mean, bootstrap_ratio
 
 STEP = 32  # teacher-forced tokens for each forward pass; they see each other whole, as the residual would show them
 BLOCK = 16  # tokens of a bootstrap block
+STRIDE = 7001  # tokens between the starts of two windows of a text
+TASK = "fidelity"
 STORE_DTYPE = torch.bfloat16  # of tokens that a plan keeps whole, also when the model computes in float32
 
 
@@ -122,3 +125,76 @@ def measure(
         "token_kl": kl.tolist(),
     }
     return row, cache
+
+
+# -- as a task of a run -------------------------------------------------------------------------------------------------------
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    text: str,
+    plans: Iterable[CachePlan],
+    folder: RunFolder,
+    contexts: Sequence[int],
+    windows: int = 3,
+    tokens: int = 256,
+    backend: str = "auto",
+    tick: Callable[[int], None] = lambda n: None,
+) -> None:
+    """Measure plans on windows of a text into a run folder; what the folder holds is not measured again.
+
+    A record has the fields of `measure`, task "fidelity", seed 0, id "CONTEXT-WINDOW" and level CONTEXT.
+
+    Args:
+        tick: called with the number of records that are new or already there.
+    """
+    plans = list(plans)
+    length = tokenizer(text, return_tensors="pt").input_ids.shape[1]
+    for context in contexts:
+        need = context + tokens + 1
+        for window in range(windows):
+            name = f"{context}-{window}"
+            todo = [p for p in plans if name not in folder.done(TASK, p.name, 0)]
+            tick(len(plans) - len(todo))
+            if not todo:
+                continue
+            ids = token_ids(tokenizer, text, context, tokens, window * STRIDE % max(length - need, 1))
+            against = reference(model, ids, context, tokens)
+            for plan in todo:
+                row, _ = measure(model, plan, against, backend=backend)
+                row["token_kl"] = [float(f"{x:.4g}") for x in row["token_kl"]]
+                folder.append([{"task": TASK, "seed": 0, "id": name, "level": context, "kind": "", "window": window} | row])
+                tick(1)
+
+
+def _pooled(rows: Sequence[Mapping[str, Any]], name: str, scale: Callable, back: Callable) -> dict[str, float]:
+    """Mean of a figure over windows on `scale`, with an interval from the windows' own (they are independent)."""
+    middle = float(np.mean([scale(r[name]) for r in rows]))
+    half = float(np.sqrt(sum(((scale(r[f"{name}_high"]) - scale(r[f"{name}_low"])) / 2) ** 2 for r in rows)) / len(rows))
+    return {name: float(back(middle)), f"{name}_low": float(back(middle - half)), f"{name}_high": float(back(middle + half))}
+
+
+def summarise(rows: Sequence[Mapping[str, Any]], base: str = "kivi-2") -> list[dict[str, Any]]:
+    """One row for each plan and context: means over the windows with 95% intervals, and where `base` was measured on the same windows
+    the ratio of the KL to its KL, with an interval from a paired block bootstrap.
+    """
+    out = []
+    for context in sorted({r["context"] for r in rows}):
+        here = [r for r in rows if r["context"] == context]
+        kl = {(r["plan"], r["window"]): r["token_kl"] for r in here}
+        for plan in dict.fromkeys(r["plan"] for r in here):
+            mine = [r for r in here if r["plan"] == plan]
+            windows = sorted(r["window"] for r in mine)
+            values = np.concatenate([kl[plan, w] for w in windows])
+            low, high = bootstrap_mean(values, BLOCK)
+            row = {"plan": plan, "context": context, "windows": len(windows), "tokens": len(values)}
+            row |= {"kl": float(values.mean()), "kl_low": low, "kl_high": high}
+            row |= _pooled(mine, "top1", np.asarray, float) | _pooled(mine, "perplexity", np.log, np.exp)
+            if all((base, w) in kl for w in windows):
+                other = np.concatenate([kl[base, w] for w in windows])
+                low, high = bootstrap_ratio(values, other, BLOCK)
+                name = f"kl_over_{base.replace('-', '')}"
+                row |= {name: float(values.mean() / other.mean()), f"{name}_low": low, f"{name}_high": high}
+            out.append(row | {k: v for k, v in mine[0].items() if "bits" in k or k == "cache_bytes"})
+    return out

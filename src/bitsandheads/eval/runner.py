@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import BitsAndHeadsError
+from ..errors import TaskError
 from ..methods import get_plan
 from ..plan import CachePlan
 from ..seam import CompressedCache, enabled, layer_shapes
@@ -27,10 +27,6 @@ NGRAM = 16  # tokens of the n-grams that `repetition` counts
 FULL_ITEMSIZE = 2  # bytes of an element in full precision (bfloat16)
 
 CacheFactory = Callable[[Any, int], Any]  # (model, batch) -> an empty cache of transformers
-
-
-class TaskError(BitsAndHeadsError, ValueError):
-    """A task that cannot be run as it is."""
 
 
 @dataclass(frozen=True)
