@@ -71,10 +71,18 @@ class Tail:
             self.v[:, :, start : start + n] = v
             self.count = [start + n] * len(self.count)
             return
-        added = [n] * len(self.count) if valid is None else valid.sum(1).tolist()
+        if valid is None:  # each sequence at its own place
+            self.reserve(max(self.count) + n)
+            place = torch.tensor(self.count, device=k.device)[:, None] + torch.arange(n, device=k.device)
+            rows = torch.arange(len(self.count), device=k.device)[:, None]
+            self.k[rows, :, place] = k.transpose(1, 2)
+            self.v[rows, :, place] = v.transpose(1, 2)
+            self.count = [c + n for c in self.count]
+            return
+        added = valid.sum(1).tolist()
         self.reserve(max(c + a for c, a in zip(self.count, added, strict=True)))
         for b, (c, a) in enumerate(zip(self.count, added, strict=True)):
-            keep = slice(None) if valid is None else valid[b].nonzero().squeeze(1).to(k.device)
+            keep = valid[b].nonzero().squeeze(1).to(k.device)
             self.k[b, :, c : c + a] = k[b, :, keep]
             self.v[b, :, c : c + a] = v[b, :, keep]
             self.count[b] = c + a
