@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich import box
 from rich.table import Table
 
 from .base import app, console
@@ -62,36 +63,43 @@ def evaluate(
     print_tables(records)
 
 
+def _span(low: float, high: float, form: str = ".3f") -> str:
+    return f"{low:{form}} to {high:{form}}"
+
+
 def print_tables(records: list[dict[str, Any]]) -> None:
-    """A table of fidelity, and one of scores, of what records there are."""
+    """A table of fidelity, and one of answers, of what records there are."""
     from ..eval import fidelity
-    from ..eval.summary import summarise
+    from ..eval.summary import BASE, summarise
 
     texts = [r for r in records if r["task"] == fidelity.TASK]
     answers = [r for r in records if r["task"] != fidelity.TASK]
     if texts:
-        table = Table("plan", "context", "bits", "KL", "95%", "top-1", "perplexity", title="Fidelity on long text")
+        table = _table("Fidelity on long text", "plan", "context", "bits", "KL", "95%", "top-1", "perplexity")
         for r in fidelity.summarise(texts):
-            span = f"{r['kl_low']:.3f} to {r['kl_high']:.3f}"
-            cells = (f"{r['bits_per_element']:.2f}", f"{r['kl']:.4f}", span, f"{r['top1']:.3f}", f"{r['perplexity']:.2f}")
+            cells = (
+                f"{r['bits_per_element']:.2f}",
+                f"{r['kl']:.4f}",
+                _span(r["kl_low"], r["kl_high"]),
+                f"{r['top1']:.3f}",
+                f"{r['perplexity']:.2f}",
+            )
             table.add_row(r["plan"], str(r["context"]), *cells)
         console.print(table)
     if answers:
-        table = Table("task", "plan", "bits", "n", "accuracy", "95%", "to bf16", "95%", "tokens", "repeated", "cut off", title="Answers")
+        table = _table("Answers", "task", "plan", "bits", "n", "accuracy", "95%", f"less {BASE}", "95%", "tokens", "repeated", "cut off")
         for r in summarise(answers):
             against = ("", "")
             if r["verdict"]:
-                against = (f"{r['difference']:+.3f} {r['verdict']}", f"{r['difference_low']:+.3f} to {r['difference_high']:+.3f}")
-            table.add_row(
-                r["task"],
-                r["plan"],
-                f"{r['bits_per_element']:.2f}",
-                str(r["n"]),
-                f"{r['accuracy']:.3f}",
-                f"{r['low']:.3f} to {r['high']:.3f}",
-                *against,
-                f"{r['mean_output_tokens']:.0f}",
-                f"{r['repetition']:.2f}",
-                f"{r['truncated']:.2f}",
-            )
+                against = (f"{r['difference']:+.3f}, {r['verdict']}", _span(r["difference_low"], r["difference_high"], "+.3f"))
+            cells = (f"{r['bits_per_element']:.2f}", str(r["n"]), f"{r['accuracy']:.3f}", _span(r["low"], r["high"]), *against)
+            habits = (f"{r['mean_output_tokens']:.0f}", f"{r['repetition']:.2f}", f"{r['truncated']:.2f}")
+            table.add_row(r["task"], r["plan"], *cells, *habits)
         console.print(table)
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for name in columns:
+        table.add_column(name, justify="left" if name in ("task", "plan") else "right")
+    return table

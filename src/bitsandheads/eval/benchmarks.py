@@ -150,6 +150,8 @@ BENCHMARKS = {
 def _published(name: str, file: Path | None, options: Options) -> Task:
     benchmark = BENCHMARKS[name]
     rows = benchmark.rows(file)[: options.samples]
+    if not rows:
+        raise TaskError(f"Task {name!r} has no rows: {file or benchmark.repository} is empty.")
     samples = []
     for number, row in enumerate(rows):
         try:
