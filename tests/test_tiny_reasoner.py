@@ -46,7 +46,7 @@ def test_it_solves_held_out_problems_in_a_padded_batch(reasoner):
 def test_long_problems_need_more_than_the_window(reasoner):
     """The same problems with all heads whole and with all heads windowed."""
     model, _ = reasoner
-    problems = reasoning.samples("test", 6, seed=11, levels=[3])
+    problems = reasoning.samples("test", 6, seed=11, levels=[2])
     windowed = bh.CachePlan("windowed", (HeadGroup(window=Window()),))
     whole = sum(map(reasoning.score, problems, greedy(reasoner, problems)))
     with bh.enabled(model):

@@ -1,6 +1,6 @@
 """Train the tiny reasoner: a Qwen3 decoder of a few million parameters, from scratch, on the problems of bitsandheads.tasks.reasoning.
 
-    python training/tiny_reasoner.py --output models/tiny-reasoner --minutes 7
+    python training/tiny_reasoner.py --output models/tiny-reasoner
 
 Worker processes make the problems; a batch holds whole problems of about one length, padded on the right, with the loss on the solution alone.
 Levels are unlocked from short to long, each when the loss on the ones before is small. The learning rate is warmed up, held and taken to 0
@@ -245,7 +245,7 @@ def train(args: argparse.Namespace) -> None:
                 log.writerow(row)
                 file.flush()
                 print(row, "queue", queue.qsize(), flush=True)
-            if time.monotonic() - last_save > 60:
+            if time.monotonic() - last_save > args.save_seconds:
                 save_checkpoint()
                 last_save = time.monotonic()
     for worker in workers:
@@ -281,7 +281,7 @@ def main() -> None:
     """Train, then test."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=7.0, help="time budget of the training; the test comes on top")
+    parser.add_argument("--minutes", type=float, default=6.8, help="time budget of the training; the test comes on top")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--hidden", type=int, default=256)
@@ -289,7 +289,7 @@ def main() -> None:
     parser.add_argument("--q-heads", type=int, default=8)
     parser.add_argument("--kv-heads", type=int, default=4)
     parser.add_argument("--init", type=float, default=0.04, help="standard deviation of the first weights")
-    parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw")
+    parser.add_argument("--optimizer", choices=("adamw", "muon"), default="muon")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--weight-decay", type=float, default=0.05)
     parser.add_argument("--warmup", type=int, default=200, help="steps")
@@ -297,7 +297,8 @@ def main() -> None:
     parser.add_argument("--batch-tokens", type=int, default=131072)
     parser.add_argument("--workers", type=int, default=12)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--eval-seconds", type=float, default=60.0)
+    parser.add_argument("--eval-seconds", type=float, default=90.0, help="between two accuracies in the log")
+    parser.add_argument("--save-seconds", type=float, default=60.0, help="between two checkpoints")
     parser.add_argument("--eval-problems", type=int, default=120)
     parser.add_argument("--test-problems", type=int, default=1050)
     args = parser.parse_args()
