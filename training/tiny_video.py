@@ -24,6 +24,7 @@ from torch.nn.functional import cross_entropy
 
 from bitsandheads.tasks import video
 
+Model = transformers.LlavaOnevisionForConditionalGeneration
 PAD, USER, ASSISTANT, END, VIDEO, IMAGE, UNKNOWN = "<pad>", "<user>", "<assistant>", "<end>", "<video>", "<image>", "<unk>"
 SPECIAL = (PAD, USER, ASSISTANT, END, VIDEO, IMAGE, UNKNOWN)
 CHAT = (
@@ -52,18 +53,16 @@ class Config:
     warmup: int = 200
     decay: float = 0.4
     asked: int = 16
-    stages: tuple[tuple[float, int, int], ...] = ((0.25, 8, 128), (0.25, 16, 64), (0.5, 32, 32))
+    stages: tuple[tuple[float, int, int], ...] = ((0.3, 8, 128), (0.2, 16, 64), (0.5, 32, 32))
     compiled: bool = True
-    clock: bool = False
     seed: int = 0
 
 
 CONFIGS = {
     "base": Config(),
-    "clock": Config(clock=True),
-    "short": Config(lr=1e-3, stages=((0.25, 8, 64), (0.25, 16, 32), (0.5, 32, 16))),
-    "plain": Config(clock=True, compiled=False),
-    "wide": Config(hidden=384, layers=4, ffn=1024, lr=1.2e-3),
+    "slow": Config(lr=8e-4),
+    "wide": Config(hidden=384, layers=4, ffn=1024, lr=1e-3),
+    "plain": Config(compiled=False),
     "test": Config(
         hidden=128,
         layers=2,
@@ -76,6 +75,7 @@ CONFIGS = {
         warmup=5,
     ),
 }
+PLACE_STD = 0.5  # of the initial position embeddings of patches; at transformers' own 0.1 places are not learned for thousands of steps
 
 
 def vocabulary() -> list[str]:
@@ -217,65 +217,114 @@ def accuracy_line(right: Tensor, total: Tensor) -> dict[str, float]:
     return {name: round(x, 3) for name, x in out.items()}
 
 
-def train(c: Config, out: Path, minutes: float, device: torch.device) -> transformers.LlavaOnevisionForConditionalGeneration:
+class Step:
+    """Forward, backward and update on fixed buffers: on a GPU recorded once as a CUDA graph, then replayed.
+
+    Attributes:
+        clips: uint8 [B, T, 3, SIZE, SIZE]; ids: [B, L]; target: [B, L - 1]; to be filled before `run`.
+        loss, hits: results of the last `run`; hits: bool [B, L - 1].
+    """
+
+    def __init__(self, model: Model, optimizer: torch.optim.Optimizer, size: int, frames: int, width: int) -> None:
+        self.model, self.optimizer, device = model, optimizer, model.device
+        self.clips = torch.zeros(size, frames, 3, video.SIZE, video.SIZE, dtype=torch.uint8, device=device)
+        self.ids = torch.zeros(size, width, dtype=torch.long, device=device)
+        self.target = torch.zeros(size, width - 1, dtype=torch.long, device=device)
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.loss = self.hits = torch.zeros(())
+
+    def _step(self) -> None:
+        model, on_gpu = self.model, self.ids.is_cuda
+        with torch.autocast(self.ids.device.type, torch.bfloat16, enabled=on_gpu, cache_enabled=False):
+            seen = model.model.get_video_features(pixels(self.clips)).pooler_output
+            if seen.shape[1] < video_tokens(model.config, self.clips.shape[1]):  # transformers before 5.18 add the newline elsewhere
+                seen = torch.cat([seen, model.model.image_newline.expand(len(seen), 1, -1).to(seen.dtype)], 1)
+            tokens = torch.cat([seen, model.get_input_embeddings()(self.ids)], 1)
+            read = model.model.language_model(inputs_embeds=tokens, attention_mask={"full_attention": None}, use_cache=False)
+            logits = model.lm_head(read.last_hidden_state[:, -self.ids.shape[1] : -1])
+        self.loss = cross_entropy(logits.float().flatten(0, 1), self.target.flatten())
+        self.loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        self.optimizer.step()
+        self.hits = logits.argmax(-1) == self.target
+
+    def run(self) -> None:
+        """One step of training."""
+        if self.graph is not None:
+            self.graph.replay()
+            return
+        self.optimizer.zero_grad(set_to_none=True)
+        self._step()
+
+    def record(self) -> None:
+        """Record the graph, after three steps that train like others."""
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(3):
+                self.run()
+        torch.cuda.current_stream().wait_stream(aside)
+        self.optimizer.zero_grad(set_to_none=True)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                self._step()
+        except RuntimeError as error:
+            print(f"no CUDA graph, steps run one kernel at a time: {error}", flush=True)
+            torch.cuda.synchronize()
+            return
+        self.graph = graph
+
+
+def train(c: Config, out: Path, minutes: float, device: torch.device) -> Model:
     """Train for so many minutes; writes train.jsonl as it goes."""
     started = time.perf_counter()
     torch.manual_seed(c.seed)
     torch.set_float32_matmul_precision("high")
-    config = model_config(c)
-    model = transformers.LlavaOnevisionForConditionalGeneration(config).to(device).train()
+    config, on_gpu = model_config(c), device.type == "cuda"
+    model = Model(config).to(device).train()
+    torch.nn.init.normal_(model.model.vision_tower.embeddings.position_embedding.weight, std=PLACE_STD)
     if c.compiled:
         for layer in [*model.model.language_model.layers, *model.model.vision_tower.encoder.layers]:
             layer.compile(dynamic=False)
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
+    lr = torch.tensor(c.lr, device=device)
     groups = [{"params": matrices, "weight_decay": c.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=c.lr, betas=(0.9, 0.97), fused=device.type == "cuda")
-    encoder, stream = Encoder(device), Stream(1 << 40, device, 8192 if device.type == "cuda" else 512, c.asked)
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.97), fused=on_gpu, capturable=on_gpu)
+    encoder, stream = Encoder(device), Stream(1 << 40, device, 8192 if on_gpu else 512, c.asked)
     templates = len(video.TEMPLATES) + 1
     right, total, losses = torch.zeros(templates, device=device), torch.zeros(templates, device=device), torch.zeros((), device=device)
-    step = since = seen = 0
+    number = since = seen = 0
+    step: Step | None = None
     log = (out / "train.jsonl").open("w")
     log.write(json.dumps({"config": asdict(c), "weights": sum(p.numel() for p in model.parameters()), "torch": torch.__version__}) + "\n")
     while (done := (time.perf_counter() - started) / (60 * minutes)) < 1:
         _, frames, size = next(s for i, s in enumerate(c.stages) if done < sum(x[0] for x in c.stages[: i + 1]) + 1e-9)
-        lr = c.lr * min(1, (step + 1) / c.warmup, (1 - done) / c.decay)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
         scenes, asked = stream.batch(size, frames)
         ids, target, which = encoder.dialogue(asked)
-        movie = torch.full((size, video_tokens(config, frames)), config.video_token_index, device=device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            logits = model(
-                input_ids=torch.cat([movie, ids], 1),
-                pixel_values_videos=pixels(video.render(scenes, c.clock)),
-                logits_to_keep=ids.shape[1],
-                use_cache=False,
-            ).logits[:, :-1]
-        loss = cross_entropy(logits.float().flatten(0, 1), target.flatten())
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            hits = (logits.argmax(-1) == target).float().flatten()
-            right.index_add_(0, which.flatten(), hits)
-            total.index_add_(0, which.flatten(), torch.ones_like(hits))
-            losses += loss.detach()
-        step, since, seen = step + 1, since + 1, seen + size
-        if step % 100 == 0 or (device.type == "cpu" and step % 20 == 0):
-            seconds = time.perf_counter() - started
-            line = {
-                "step": step,
-                "seconds": round(seconds, 1),
-                "frames": frames,
-                "clips": seen,
-                "lr": round(lr, 6),
-                "loss": round(float(losses) / since, 4),
-            }
-            log.write(json.dumps(line | accuracy_line(right, total)) + "\n")
+        fresh = step is None or step.clips.shape[:2] != (size, frames)
+        if step is None or fresh:
+            step = None  # the old graph's memory goes first
+            step = Step(model, optimizer, size, frames, ids.shape[1])
+        lr.fill_(c.lr * min(1, (number + 1) / c.warmup, (1 - done) / c.decay))
+        step.clips.copy_(video.render(scenes))
+        step.ids.copy_(ids)
+        step.target.copy_(target)
+        if fresh and on_gpu:
+            step.record()
+        step.run()
+        hits = step.hits.float().flatten()
+        right.index_add_(0, which.flatten(), hits)
+        total.index_add_(0, which.flatten(), torch.ones_like(hits))
+        losses += step.loss.detach()
+        number, since, seen = number + 1, since + 1, seen + size
+        if number % 100 == 0 or (not on_gpu and number % 20 == 0):
+            line = {"step": number, "frames": frames, "clips": seen, "lr": round(float(lr), 6), "loss": round(float(losses) / since, 4)}
+            line |= {"seconds": round(time.perf_counter() - started, 1)} | accuracy_line(right, total)
+            log.write(json.dumps(line) + "\n")
             log.flush()
-            print({k: v for k, v in (line | accuracy_line(right, total)).items() if not k.startswith("t")}, flush=True)
+            print({k: v for k, v in line.items() if not k[1:].isdigit()}, flush=True)
             right.zero_(), total.zero_(), losses.zero_()
             since = 0
     log.close()
@@ -283,9 +332,7 @@ def train(c: Config, out: Path, minutes: float, device: torch.device) -> transfo
 
 
 @torch.no_grad()
-def evaluate(
-    model: transformers.LlavaOnevisionForConditionalGeneration, count: int, frames: int, batch: int, clock: bool
-) -> dict[str, object]:
+def evaluate(model: Model, count: int, frames: int, batch: int) -> dict[str, object]:
     """Answers to `count` questions about test clips, by generation in bfloat16, each question after its own clip."""
     device, words = model.device, vocabulary()
     tok = tokenizer()
@@ -299,7 +346,7 @@ def evaluate(
         ids = torch.cat([movie, text.input_ids], 1).to(device)  # the pads lie between clip and question, masked
         mask = torch.cat([torch.ones_like(movie), text.attention_mask], 1).to(device)
         numbers = torch.tensor([s.clip[0] for s in part], device=device)
-        clips = video.render(video.simulate(numbers, frames)[0], clock)
+        clips = video.render(video.simulate(numbers, frames)[0])
         inputs = {"input_ids": ids, "attention_mask": mask, "pixel_values_videos": pixels(clips).to(model.dtype)}
         got = model.generate(**inputs, max_new_tokens=2, do_sample=False)[:, ids.shape[1] :]
         for s, tokens in zip(part, got.tolist(), strict=True):
@@ -309,9 +356,9 @@ def evaluate(
     return {"questions": n, "frames": frames, "accuracy": hits / n} | {kind: a / max(b, 1) for kind, (a, b) in right.items()}
 
 
-def save(model: transformers.LlavaOnevisionForConditionalGeneration, out: Path) -> None:
+def save(model: Model, out: Path) -> None:
     """Weights in bfloat16, configuration, tokenizer."""
-    plain = transformers.LlavaOnevisionForConditionalGeneration(model.config)
+    plain = Model(model.config)
     plain.load_state_dict(model.state_dict())
     plain.to(torch.bfloat16).save_pretrained(out)
     tokenizer().save_pretrained(out)
@@ -349,8 +396,8 @@ def main() -> None:
     began = time.perf_counter()
     model = train(config, options.out, options.minutes, torch.device(options.device))
     save(model, options.out)
-    plain = transformers.LlavaOnevisionForConditionalGeneration.from_pretrained(options.out, dtype=torch.bfloat16).to(options.device)
-    result = evaluate(plain, options.questions, config.stages[-1][1], 64, config.clock)
+    plain = Model.from_pretrained(options.out, dtype=torch.bfloat16).to(options.device)
+    result = evaluate(plain, options.questions, config.stages[-1][1], 64)
     result |= {"config": options.config, "minutes": options.minutes, "seconds": time.perf_counter() - began}
     (options.out / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
     print(result)

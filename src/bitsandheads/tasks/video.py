@@ -17,8 +17,10 @@ from . import Sample
 
 Split = Literal["train", "test"]
 
-SIZE = 72  # pixels
-RADIUS = 6  # pixels, of every shape
+CELL = 6  # pixels; shapes move from cell to cell
+GRID = 12  # cells
+SPAN = 2  # cells, of every shape
+SIZE = GRID * CELL  # pixels, of a frame
 OBJECTS = 5  # at most, in a clip
 COLORS = ("red", "green", "blue", "yellow", "purple", "cyan", "orange", "white")
 PALETTE = (  # background first
@@ -31,14 +33,13 @@ PALETTE = (  # background first
     (40, 220, 230),
     (250, 140, 20),
     (245, 245, 245),
-    (110, 110, 110),
 )
-GREY = len(PALETTE) - 1
 SHAPES = ("circle", "square", "triangle", "cross")
 NUMBERS = ("0", "1", "2", "3", "4", "5")
 WAYS = ("left", "right", "up", "down", "nowhere")
 ANSWERS = (*COLORS, *SHAPES, *NUMBERS, *WAYS, "yes", "no", "top", "bottom", "nothing")
 KINDS = ("frame", "motion", "order", "count")
+MIDDLE = (GRID - SPAN) // 2  # cell of a shape in the middle
 GAP = 2  # frames between two events whose order is asked
 TEST_SHARE = 16  # one clip in so many is a test clip
 
@@ -96,11 +97,12 @@ class Scenes:
         color, shape: [N, K] indices of COLORS and SHAPES; the colours of a clip differ, those of empty slots too.
         begin, end: [N, K] first frame, and the frame from which it is gone (T: never).
         way: [N, K] index of WAYS when it begins.
-        place: [N, T, K, 2] centre in pixels (x, y).
+        period: [N, K] frames between two steps of one cell.
+        place: [N, T, K, 2] upper left cell (x, y), 0 .. GRID - SPAN.
         alive: bool [N, T, K].
         turns: [N, K] how often it reversed. first_turn: [N, K] frame, or T.
         hit: [N, K, K] frame of the first collision of two shapes, or T.
-        clean: bool [N, K] no event in its last two frames, where it could not be seen.
+        clean: bool [N, K] no collision or turn so late that it could not be seen.
         total_colors: [N, 8] all colours in the clip's own order: `color` and then the absent ones.
     """
 
@@ -111,6 +113,7 @@ class Scenes:
     begin: Tensor
     end: Tensor
     way: Tensor
+    period: Tensor
     place: Tensor
     alive: Tensor
     turns: Tensor
@@ -156,11 +159,10 @@ def simulate(ids: Tensor, frames: int) -> tuple[Scenes, Tensor, Tensor]:
     brief = draw(0, 100, k) < 30
     stay = torch.where(brief, draw(3, 6, k), draw(max(3, t_all // 6), t_all, k))
     end = torch.where((draw(0, 100, k) < 60) & (begin + stay <= t_all - 2), begin + stay, t_all)
-    way, speed = draw(0, len(WAYS), k), draw(1, 4, k)
-    start = torch.stack([draw(RADIUS, SIZE - RADIUS, k) for _ in range(2)], -1)
-    steps = torch.tensor([[-1, 0], [1, 0], [0, -1], [0, 1], [0, 0]], device=device)
-    velocity = steps[way] * speed[..., None]
-    content = [x * exists for x in (order[:, :k], shape, begin, end, way, speed, start[..., 0], start[..., 1])]
+    way, period = draw(0, len(WAYS), k), draw(2, 5, k)
+    start = torch.stack([draw(0, GRID - SPAN + 1, k) for _ in range(2)], -1)
+    velocity = torch.tensor([[-1, 0], [1, 0], [0, -1], [0, 1], [0, 0]], device=device)[way]
+    content = [x * exists for x in (order[:, :k], shape, begin, end, way, period, start[..., 0], start[..., 1])]
     digest = torch.full((n,), t_all, device=device)
     for column in torch.cat([count, *content], 1).T:
         digest = _mix(digest + column)
@@ -173,13 +175,13 @@ def simulate(ids: Tensor, frames: int) -> tuple[Scenes, Tensor, Tensor]:
     apart = ~torch.eye(k, dtype=torch.bool, device=device)
 
     def touching(a: Tensor, b: Tensor) -> Tensor:
-        return ((a[:, :, None] - b[:, None]).abs() < 2 * RADIUS + 1).all(-1)
+        return ((a[:, :, None] - b[:, None]).abs() < SPAN).all(-1)
 
     for t in range(t_all):
         now = exists & (begin <= t) & (t < end)
-        moved = now & (begin < t)
+        moved = now & (begin < t) & ((t - begin) % period == 0)
         ahead = here + velocity * moved[..., None]
-        wall = ((ahead < RADIUS) | (ahead > SIZE - 1 - RADIUS)).any(-1) & moved
+        wall = ((ahead < 0) | (ahead > GRID - SPAN)).any(-1)
         velocity = torch.where(wall[..., None], -velocity, velocity)
         ahead = here + velocity * moved[..., None]
         both = now[:, :, None] & now[:, None] & apart
@@ -204,12 +206,13 @@ def simulate(ids: Tensor, frames: int) -> tuple[Scenes, Tensor, Tensor]:
         begin,
         end,
         way,
+        period,
         place,
         torch.stack(alive, 1),
         turns,
         first_turn,
         hit,
-        last_event < end - 2,
+        last_event + period < end,
         order,
     )
     return scenes, possible, digest
@@ -228,31 +231,31 @@ def clips(split: Split, numbers: Tensor, frames: int) -> Scenes:
 
 
 def _sprites(device: torch.device) -> Tensor:
-    """bool [shapes, w, w] with w = 2 * RADIUS + 3: every shape with an empty border."""
-    at = torch.arange(-RADIUS - 1, RADIUS + 2, device=device)
+    """bool [shapes, w, w]: every shape, w pixels wide, with an empty border of one pixel."""
+    half = CELL * SPAN - 1  # in half pixels from the centre
+    at = torch.arange(-half - 2, half + 3, 2, device=device)
     y, x = at[:, None], at[None]
-    inside = torch.maximum(x.abs(), y.abs()) <= RADIUS
-    round_ = x * x + y * y <= RADIUS * RADIUS + 2
-    square = torch.maximum(x.abs(), y.abs()) <= RADIUS - 1
-    triangle = (2 * x.abs() <= y + RADIUS) & inside
-    cross = (torch.minimum(x.abs(), y.abs()) <= 1) & inside
-    return torch.stack([round_, square, triangle, cross])
+    inside = torch.maximum(x.abs(), y.abs()) <= half
+    circle = x * x + y * y <= (half + 1) ** 2
+    square = torch.maximum(x.abs(), y.abs()) <= half - 2
+    triangle = (2 * x.abs() <= y + half + 2) & inside
+    cross = (torch.minimum(x.abs(), y.abs()) <= 3) & inside
+    return torch.stack([circle, square, triangle, cross])
 
 
-def render(scenes: Scenes, clock: bool = False) -> Tensor:
-    """Frames: uint8 [N, T, 3, SIZE, SIZE] on the scenes' device. clock: a grey bar at the lower edge grows with time."""
-    device, w = scenes.ids.device, 2 * RADIUS + 3
-    table, at = _sprites(device).flatten(), torch.arange(SIZE, device=device)
+def render(scenes: Scenes) -> Tensor:
+    """Frames: uint8 [N, T, 3, SIZE, SIZE] on the scenes' device."""
+    device = scenes.ids.device
+    sprites = _sprites(device)
+    w = sprites.shape[1]
+    table, at = sprites.flatten(), torch.arange(SIZE, device=device)
     canvas = torch.zeros(len(scenes.ids), scenes.frames, SIZE, SIZE, dtype=torch.uint8, device=device)
     for k in range(OBJECTS):
-        x, y = ((at - scenes.place[:, :, k, i, None]).clamp(-RADIUS - 1, RADIUS + 1) + RADIUS + 1 for i in range(2))
+        x, y = ((at - CELL * scenes.place[:, :, k, i, None] + 1).clamp(0, w - 1) for i in range(2))
         row = scenes.shape[:, k, None, None] * w * w + y * w
         mask = table[row[..., None] + x[:, :, None]] & scenes.alive[:, :, k, None, None]
         canvas = torch.where(mask, (scenes.color[:, k] + 1).to(torch.uint8)[:, None, None, None], canvas)
     palette = torch.tensor(PALETTE, dtype=torch.uint8, device=device)
-    if clock:
-        time = torch.arange(1, scenes.frames + 1, device=device)
-        canvas[:, :, -2:] = torch.where(at * scenes.frames < time[:, None] * SIZE, GREY, 0).to(torch.uint8)[:, None]
     return torch.stack([palette[:, c][canvas.int()] for c in range(3)], 2)
 
 
@@ -311,21 +314,21 @@ def _is_there(s: Scenes, draw: Draws) -> Asked:
 
 def _side_at_end(s: Scenes, draw: Draws) -> Asked:
     of = s.objects(_one(s, draw))
-    x = of(s.place[:, -1, :, 0]) - SIZE // 2
-    return Asked(of(s.color), of(s.color), torch.where(x < 0, _LEFT, _RIGHT), (of(s.end) == s.frames) & (x.abs() >= 5))
+    x = of(s.place[:, -1, :, 0]) - MIDDLE
+    return Asked(of(s.color), of(s.color), torch.where(x < 0, _LEFT, _RIGHT), (of(s.end) == s.frames) & (x != 0))
 
 
 def _height_at_begin(s: Scenes, draw: Draws) -> Asked:
     i = _one(s, draw)
     of = s.objects(i)
     y = s.place[..., 1].gather(1, of(s.begin)[:, None, None].expand(-1, 1, OBJECTS))[:, 0]
-    y = of(y) - SIZE // 2
-    return Asked(of(s.color), of(s.color), torch.where(y < 0, _TOP, _BOTTOM), y.abs() >= 5)
+    y = of(y) - MIDDLE
+    return Asked(of(s.color), of(s.color), torch.where(y < 0, _TOP, _BOTTOM), y != 0)
 
 
 def _way_first(s: Scenes, draw: Draws) -> Asked:
     of = s.objects(_one(s, draw))
-    seen = (of(s.first_turn) - of(s.begin) > 3) & (of(s.end) - of(s.begin) > 3)
+    seen = torch.minimum(of(s.first_turn), of(s.end)) - of(s.begin) > of(s.period)
     return Asked(of(s.color), of(s.color), _WAY + of(s.way), seen)
 
 
@@ -511,10 +514,10 @@ def samples(count: int, split: Split = "test", frames: int = 32, per_clip: int =
                 done += 1
 
 
-def frames_of(sample: VideoSample, clock: bool = False) -> Tensor:
+def frames_of(sample: VideoSample) -> Tensor:
     """The clip's frames, uint8 [T, 3, SIZE, SIZE]."""
     number, frames = sample.clip
-    return render(simulate(torch.tensor([number]), frames)[0], clock)[0]
+    return render(simulate(torch.tensor([number]), frames)[0])[0]
 
 
 def score(sample: Sample, output: str) -> float:
