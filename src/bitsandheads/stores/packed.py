@@ -27,15 +27,20 @@ class Bank:
         self.count = [0] * batch
 
     def append(self, rows: list[int], new: Tensor) -> None:
-        """Add tiles [rows, h, n, bytes] to sequences that all have the same count."""
-        n, start = new.shape[2], self.count[rows[0]]
-        if start + n > self.tiles.shape[2]:
-            capacity = start + n if self.tiles.shape[2] == 0 else max(start + n, (start + n) * 9 // 8 + 1)
+        """Add tiles [rows, h, n, bytes], to each sequence behind its own."""
+        n, start = new.shape[2], [self.count[b] for b in rows]
+        need = max(start) + n
+        if need > self.tiles.shape[2]:
+            capacity = need if self.tiles.shape[2] == 0 else max(need, need * 9 // 8 + 1)
             grown = self.tiles.new_zeros(*self.tiles.shape[:2], capacity, self.tiles.shape[3])
             grown[:, :, : self.tiles.shape[2]] = self.tiles
             self.tiles = grown
-        index = slice(None) if len(rows) == len(self.count) else torch.tensor(rows, device=new.device)
-        self.tiles[index, :, start : start + n] = new
+        if len(set(start)) == 1:
+            index = slice(None) if len(rows) == len(self.count) else torch.tensor(rows, device=new.device)
+            self.tiles[index, :, start[0] : need] = new
+        else:
+            place = torch.tensor(start, device=new.device)[:, None] + torch.arange(n, device=new.device)
+            self.tiles[torch.tensor(rows, device=new.device)[:, None], :, place] = new.transpose(1, 2)
         for b in rows:
             self.count[b] += n
 
@@ -120,14 +125,13 @@ class PackedStore(Store):
         """Pack every full tile that is older than the residual."""
         self._observe(prompt)
         quant = self.quant
-        due: dict[tuple[int, int, bool, int], list[int]] = {}
+        due: dict[tuple[int, ...], list[int]] = {}  # sequences that are packed together; of those that have started only the tiles count
         for b, count in enumerate(self.tail.count):
             ready = (count - quant.residual) // quant.tile if self.started[b] else quant.start_tiles(count)
             if ready > 0:
-                key = (count, self.bank.count[b], self.started[b], self.salient.count[b] if self.salient else 0)
-                due.setdefault(key, []).append(b)
-        for (count, _, started, _), rows in due.items():
-            self._pack(rows, count, started, prompt)
+                due.setdefault((ready, -1) if self.started[b] else (ready, count), []).append(b)
+        for (n, count), rows in due.items():
+            self._pack(rows, n, count, count < 0, prompt)
         self.tail.own()
         if due:
             self._sync()
@@ -144,11 +148,11 @@ class PackedStore(Store):
         order = w.bool().int().argsort(dim=1, stable=True)[:, -RECENT_QUERIES:]  # padding first: the last queries belong to the last keys
         self.recent = Recent(q.gather(3, order[:, None, None, :, None].expand(*q.shape[:3], -1, q.shape[4])), w.gather(1, order))
 
-    def _pack(self, rows: list[int], count: int, started: bool, prompt: Prompt | None) -> None:
+    def _pack(self, rows: list[int], n: int, count: int, started: bool, prompt: Prompt | None) -> None:
+        """Pack the oldest n tiles of these sequences; those that have not started have `count` tokens in the tail."""
         quant = self.quant
         everyone = len(rows) == len(self.tail.count)
         index = slice(None) if everyone else torch.tensor(rows, device=self.tail.k.device)
-        n = (count - quant.residual) // quant.tile if started else quant.start_tiles(count)
         end = n * quant.tile + (0 if started else quant.sink + quant.heavy)
         k, v = self.tail.k[index, :, :end], self.tail.v[index, :, :end]
         self._check_finite(k, "keys")
