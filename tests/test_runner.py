@@ -83,7 +83,7 @@ def test_a_record_says_what_generate_does(model):
 
 def test_batches_give_what_single_samples_give_and_come_longest_first(model):
     t = task()
-    single, batched = (flat(generate_records(model, tokenizer(), t, plan_cache(WINDOW, None), plan="window", batch_size=n)) for n in (1, 3))
+    single, batched = (flat(generate_records(model, tokenizer(), t, plan_cache(WINDOW, dtype=torch.float32), plan="window", batch_size=n)) for n in (1, 3))
     assert [r.id for r in single] == [r.id for r in batched]
     assert [r.prompt_tokens for r in single] == sorted((r.prompt_tokens for r in single), reverse=True)
     for a, b in zip(single, batched, strict=True):

@@ -77,14 +77,14 @@ def print_tables(records: list[dict[str, Any]]) -> None:
     if texts:
         table = _table("Fidelity on long text", "plan", "context", "bits", "KL", "95%", "top-1", "perplexity")
         for r in fidelity.summarise(texts):
-            cells = (
+            figures = (
                 f"{r['bits_per_element']:.2f}",
                 f"{r['kl']:.4f}",
                 _span(r["kl_low"], r["kl_high"]),
                 f"{r['top1']:.3f}",
                 f"{r['perplexity']:.2f}",
             )
-            table.add_row(r["plan"], str(r["context"]), *cells)
+            table.add_row(r["plan"], str(r["context"]), *figures)
         console.print(table)
     if answers:
         table = _table("Answers", "task", "plan", "bits", "n", "accuracy", "95%", f"less {BASE}", "95%", "tokens", "repeated", "cut off")

@@ -74,10 +74,21 @@ def repetition(tokens: Sequence[int], n: int = NGRAM) -> float:
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-def plan_cache(plan: str | CachePlan, dtype: torch.dtype | None = torch.bfloat16, backend: str = "auto") -> CacheFactory:
-    """Makes caches of a plan. dtype: of tokens that the plan keeps whole; None: the model's."""
+def plan_cache(plan: str | CachePlan, backend: str = "auto", dtype: torch.dtype | None = None) -> CacheFactory:
+    """Makes caches of a plan.
+
+    Args:
+        plan: where it names head scores, `get_plan(plan, model)` says whether they belong to the model.
+        dtype: of tokens that the plan keeps whole; None: the model's, or bfloat16 where that has more than two bytes, so that full
+            precision is 16 bits.
+    """
     resolved = get_plan(plan)
-    return lambda model, batch: CompressedCache(resolved, model, backend=backend, dtype=dtype)
+
+    def make(model: Any, batch: int) -> CompressedCache:
+        own = dtype or (model.dtype if model.dtype.itemsize <= FULL_ITEMSIZE else torch.bfloat16)
+        return CompressedCache(resolved, model, backend=backend, dtype=own)
+
+    return make
 
 
 # -- bytes --------------------------------------------------------------------------------------------------------------------
@@ -97,8 +108,8 @@ def own_bytes(cache: Any, config: Any, tokens: int, generated: int, batch: int) 
     `bytes_for(tokens, generated)`; else an equal share of its `memory_bytes()`; a cache of transformers needs whole tokens of its dtype.
     """
     if isinstance(cache, CompressedCache):
-        itemsize = (cache.dtype or config.dtype or torch.float32).itemsize
-        return cache.resolved.bytes_for(tokens, 1, itemsize, generated)
+        dtype = cache.dtype or config.dtype or torch.float32
+        return cache.resolved.bytes_for(tokens, 1, dtype.itemsize, generated)
     if hasattr(cache, "bytes_for"):
         return int(cache.bytes_for(tokens, generated))
     if hasattr(cache, "memory_bytes"):
