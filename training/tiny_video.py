@@ -60,7 +60,7 @@ class Config:
 
 CONFIGS = {
     "base": Config(),
-    "slow": Config(lr=8e-4),
+    "slow": Config(lr=6e-4),
     "wide": Config(hidden=384, layers=4, ffn=1024, lr=1e-3),
     "plain": Config(compiled=False),
     "test": Config(
@@ -75,7 +75,8 @@ CONFIGS = {
         warmup=5,
     ),
 }
-PLACE_STD = 0.5  # of the initial position embeddings of patches; at transformers' own 0.1 places are not learned for thousands of steps
+PLACE_STD = 0.15  # of the initial position embeddings of patches
+PLACE_WAVES = 6  # cosines along each axis that they are made of
 
 
 def vocabulary() -> list[str]:
@@ -217,6 +218,17 @@ def accuracy_line(right: Tensor, total: Tensor) -> dict[str, float]:
     return {name: round(x, 3) for name, x in out.items()}
 
 
+@torch.no_grad()
+def place_patches(model: Model) -> None:
+    """Smooth initial position embeddings: with transformers' own, small and random, places are not learned for thousands of steps."""
+    weight = model.model.vision_tower.embeddings.position_embedding.weight
+    side = math.isqrt(len(weight))
+    at = (torch.arange(side, device=weight.device) + 0.5) * math.pi / side
+    waves = torch.cos(at[:, None] * torch.arange(1, PLACE_WAVES + 1, device=weight.device))  # [side, waves]
+    code = torch.cat([waves[:, None].expand(-1, side, -1), waves[None].expand(side, -1, -1)], -1).flatten(0, 1)
+    weight.copy_(code @ torch.randn(2 * PLACE_WAVES, weight.shape[1], device=weight.device) * PLACE_STD / PLACE_WAVES**0.5)
+
+
 class Step:
     """Forward, backward and update on fixed buffers: on a GPU recorded once as a CUDA graph, then replayed.
 
@@ -283,7 +295,7 @@ def train(c: Config, out: Path, minutes: float, device: torch.device) -> Model:
     torch.set_float32_matmul_precision("high")
     config, on_gpu = model_config(c), device.type == "cuda"
     model = Model(config).to(device).train()
-    torch.nn.init.normal_(model.model.vision_tower.embeddings.position_embedding.weight, std=PLACE_STD)
+    place_patches(model)
     if c.compiled:
         for layer in [*model.model.language_model.layers, *model.model.vision_tower.encoder.layers]:
             layer.compile(dynamic=False)

@@ -24,7 +24,7 @@ SIZE = GRID * CELL  # pixels, of a frame
 OBJECTS = 5  # at most, in a clip
 COLORS = ("red", "green", "blue", "yellow", "purple", "cyan", "orange", "white")
 PALETTE = (  # background first
-    (24, 24, 24),
+    (128, 128, 128),
     (230, 30, 30),
     (30, 180, 40),
     (40, 60, 240),
