@@ -1,9 +1,10 @@
 """The command line. Each module of this package registers its commands at `app` when it is imported here."""
 
 from rich.console import Console
+from rich.markup import escape
 
 from ..errors import BitsAndHeadsError
-from . import basics, evaluate, gates, heads  # noqa: F401
+from . import basics, evaluate, gates, generate, heads  # noqa: F401
 from .base import app
 
 __all__ = ["app", "main"]
@@ -14,5 +15,5 @@ def main() -> None:
     try:
         app()
     except BitsAndHeadsError as error:
-        Console(stderr=True).print(f"[red]{type(error).__name__}[/red]: {error}", highlight=False, soft_wrap=True)
+        Console(stderr=True).print(f"[red]{type(error).__name__}[/red]: {escape(str(error))}", highlight=False, soft_wrap=True)
         raise SystemExit(2) from error
