@@ -139,6 +139,11 @@ def test_sharding_backends_are_refused(tmp_path, monkeypatch):
         run(tmp_path)
 
 
+def test_a_run_stops_when_its_time_is_over(tmp_path):
+    scores = run(tmp_path, replace(CONFIG, seconds=0.001))
+    assert scores.extra["steps"] == 1 and 0.9 < scores.values.min() < 0.94
+
+
 def test_schedule_and_histogram():
     order = schedule(5, 4, 3, 0)
     assert len(order) == 12 and sorted(order[:5]) == sorted(order[5:10]) == list(range(5)) and order != schedule(5, 4, 3, 1)

@@ -65,6 +65,7 @@ class TrainConfig:
         rollout_batch: solutions that a process decodes at once.
         gradient_checkpointing: recompute activations in the backward pass.
         save_every: steps between checkpoints, at most 10.
+        seconds: stop after the step that passes this time, whatever `steps` says; 0: never.
         seed: of all random numbers.
     Raises:
         PlanError: a value out of range.
@@ -92,6 +93,7 @@ class TrainConfig:
     rollout_batch: int = 32
     gradient_checkpointing: bool = True
     save_every: int = 10
+    seconds: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +35,21 @@ def penalty_weight(config: TrainConfig, group_rewards: Tensor, rewards: Tensor) 
     return ((mean > config.tau) * config.beta * (mean.exp() - 1)).mean()
 
 
-class _Clamp(TrainerCallback):
-    def __init__(self, gates: HeadGates) -> None:
-        self.gates = gates
+class _Steps(TrainerCallback):
+    """Clamps the gates after each step, and ends the run when its time is over."""
+
+    def __init__(self, trainer: "GateTrainer") -> None:
+        self.trainer, self.started = trainer, time.monotonic()
 
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        self.gates.clamp_()
+        self.trainer.gates.clamp_()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.config.seconds:
+            accelerator = self.trainer.accelerator
+            spent = torch.tensor([time.monotonic() - self.started], device=accelerator.device)
+            if accelerator.gather(spent).max() >= self.trainer.config.seconds:  # all processes decide the same
+                control.should_training_stop = True
 
 
 class GateTrainer(GRPOTrainer):
@@ -70,7 +80,7 @@ class GateTrainer(GRPOTrainer):
         self._partial = False
         self._group_rewards: Tensor = torch.empty(0)
         self._rewards: Tensor = torch.empty(0)
-        self.add_callback(_Clamp(gates))
+        self.add_callback(_Steps(self))
 
     # -- rollouts and rewards ---------------------------------------------------------------------------------------------------
 

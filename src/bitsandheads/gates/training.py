@@ -181,7 +181,7 @@ def train(
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         scores = HeadScores.of(
             gates.alpha, model, "rlkv", sink=config.sink, recent=config.recent, data=data, seed=config.seed, commit=commit,
-            extra={"steps": config.steps, "penalty": config.penalty, "beta": config.beta, "tau": config.tau},
+            extra={"steps": trainer.state.global_step, "penalty": config.penalty, "beta": config.beta, "tau": config.tau},
         )  # fmt: skip
         if main:
             scores.save_pretrained(output)
