@@ -16,13 +16,13 @@ from typer.testing import CliRunner
 
 import bitsandheads as bh
 from bitsandheads.cli import app
-from bitsandheads.demo import default_text
 from bitsandheads.errors import TaskError
 from bitsandheads.eval import benchmarks, fidelity
 from bitsandheads.eval.benchmarks import BENCHMARKS, Options, get_task
+from bitsandheads.eval.environment import default_text
 from bitsandheads.eval.programs import code_of, passes
-from bitsandheads.eval.run import sampling_of, whole_numbers
 from bitsandheads.eval.runs import read_records
+from bitsandheads.evaluation import sampling_of, whole_numbers
 
 ROWS = {
     "gsm8k": {"question": "2 + 1000?", "answer": "Two and a thousand <<2+1000=1002>>.\n#### 1,002"},

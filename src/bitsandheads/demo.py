@@ -1,15 +1,11 @@
 """`bitsandheads demo`: what each preset costs and keeps, on a real model and a real text, in one table."""
 
-import json
-import platform
 import time
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -17,12 +13,14 @@ from rich.table import Table
 
 from . import models
 from .eval import fidelity
+from .eval.environment import TEXT, default_text, versions, write_json
 from .methods import get_plan
 from .plan import CachePlan
 from .seam import CompressedCache, enabled
 
+__all__ = ["Options", "default_text", "plans_from", "run", "versions", "write_json"]
+
 PLANS = ("bf16", "kivi-2", "kivi-2-sink", "vidkv-1.5/1.58", "vidkv-1.5/1.66", "balanced", "extreme")
-TEXT = "pride-and-prejudice.txt"
 CONTINUATION = 20  # greedy tokens for the eye
 
 
@@ -36,11 +34,6 @@ class Options:
     context: int = 2048
     tokens: int = 256
     cache_dir: Path | None = None
-
-
-def default_text() -> str:
-    """The shipped text (see data/README.md)."""
-    return (files("bitsandheads") / "data" / TEXT).read_text()
 
 
 def run(options: Options, console: Console) -> dict[str, Any]:
@@ -80,20 +73,6 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     }
     print_table(data, console)
     return data
-
-
-def versions() -> dict[str, str]:
-    """What a figure depends on."""
-    from . import __version__
-
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine() + " CPU"
-    return {
-        "bitsandheads": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "device": device,
-    }
 
 
 @torch.no_grad()
@@ -141,13 +120,6 @@ def print_table(data: dict[str, Any], console: Console) -> None:
     for name, text in data["continuations"].items():
         console.print(f"[bold]{name}[/bold] ... {' '.join(text.split())}", highlight=False)
     console.print(f"{data['seconds']:.0f} s; {', '.join(f'{k} {v}' for k, v in data['versions'].items())}", style="dim")
-
-
-def write_json(data: dict[str, Any], path: Path) -> None:
-    """Write data, whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(data, indent=1) + "\n")
-    part.replace(path)
 
 
 def plans_from(text: str) -> tuple[str, ...]:

@@ -38,7 +38,7 @@ def evaluate(
     backend: Annotated[str, typer.Option(help="auto, reference, triton or cuda.")] = "auto",
 ) -> None:
     """Let a model do tasks with each plan: one record for each sample, and a table with paired differences to bf16."""
-    from ..eval.run import Settings, run
+    from ..evaluation import Settings, run
 
     settings = Settings(
         model=model,

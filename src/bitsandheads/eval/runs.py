@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 from ..errors import BitsAndHeadsError, FileFormatError
+from .environment import versions, write_json
 
 RUN, RECORDS = "run.json", "records.jsonl"
 KEY = ("task", "plan", "seed", "id")  # no two records of a folder share these
@@ -110,8 +111,6 @@ class RunFolder:
             raise RunFolderError(f"{self.path} holds a run with another configuration: {was}. Give the same, or another folder.")
 
     def _write_run(self) -> None:
-        from ..demo import versions, write_json
-
         started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         write_json({"config": self.config, "versions": versions(), "commit": commit(), "started": started}, self.path / RUN)
 

@@ -1,4 +1,4 @@
-"""One run of `bitsandheads eval`: a model, tasks and plans, into a folder."""
+"""`bitsandheads eval`: a model, tasks and plans, into a run folder."""
 
 import hashlib
 from collections.abc import Iterable, Mapping
@@ -9,16 +9,16 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from .. import models
-from ..demo import default_text
-from ..errors import TaskError
-from ..methods import get_plan
-from ..plan import CachePlan
-from . import fidelity
-from .benchmarks import Options, get_task
-from .runner import evaluate, plan_cache
-from .runs import RunFolder
-from .tasks import Task
+from . import models
+from .errors import TaskError
+from .eval import fidelity
+from .eval.benchmarks import Options, get_task
+from .eval.environment import default_text
+from .eval.runner import evaluate, plan_cache
+from .eval.runs import RunFolder
+from .eval.tasks import Task
+from .methods import get_plan
+from .plan import CachePlan
 
 
 @dataclass(frozen=True)
