@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import tiny_models as tm
 import torch
+from comparators import methods
 from comparators.eviction import Budget, EvictionCache, EvictionLayer
 from comparators.methods import H2O, METHODS, RKV, StreamingLLM
 from torch import Tensor
@@ -81,8 +82,9 @@ class Written:
 
 @pytest.mark.parametrize("name", SHORT)
 @pytest.mark.parametrize("sparsity", [0.5, 1])
-def test_methods_as_written_out(name: str, sparsity: float) -> None:
+def test_methods_as_written_out(name: str, sparsity: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Left-padded prompts of different lengths, then single tokens and a chunk; float64, so that the choices are the same."""
+    monkeypatch.setattr(methods, "COSINES", 1)  # one sequence at a time
     method, random = SHORT[name], torch.Generator().manual_seed(1)
     budget = Budget(plan_of(sparsity, bh.Window(4, 8)), [SHAPE], 8, method)
     layer = EvictionLayer(0, SHAPE, method, budget, None)

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+COSINES = 1 << 27  # similarities of keys that are held at once
+
 from comparators.eviction import EvictionLayer, Method
 
 
@@ -70,6 +72,10 @@ class RKV(Method):
 
     def redundancy(self, k: Tensor, there: Tensor) -> Tensor:
         """float32 [B, H, C]. k: [B, H, C, D], oldest first; there: bool [B, H, C]."""
+        rows = max(1, COSINES // (k.shape[1] * k.shape[2] ** 2))
+        return torch.cat([self._redundancy(*part) for part in zip(k.split(rows), there.split(rows), strict=True)])
+
+    def _redundancy(self, k: Tensor, there: Tensor) -> Tensor:
         unit = k / (k.norm(dim=-1, keepdim=True) + 1e-8) * there[..., None]
         cosine = unit @ unit.mT
         cosine.diagonal(dim1=-2, dim2=-1).zero_()

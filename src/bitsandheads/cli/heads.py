@@ -39,11 +39,11 @@ def show(
     for name in ("model", "method", "sink", "recent", "data", "seed", "commit"):
         value = getattr(scores, name)
         if value not in ("", None):
-            console.print(f"{name:7} {value}", highlight=False, markup=False)
+            console.print(f"{name:7} {value}", highlight=False, markup=False, emoji=False)
     console.print(drawing.terminal_map(scores, sparsity))
     if png is not None:
         drawing.save_picture(scores, sparsity, png)
-        console.print(f"wrote {png}", highlight=False, markup=False)
+        console.print(f"wrote {png}", highlight=False, markup=False, emoji=False)
 
 
 @heads_app.command()
@@ -91,7 +91,7 @@ def score(
 
     if method is Method.random:
         h.random_scores(load_config(model), seed, name=model, commit=commit() or "").save(output)
-        console.print(f"wrote {output}", highlight=False, markup=False)
+        console.print(f"wrote {output}", highlight=False, markup=False, emoji=False)
         return
     if (problems is None) == (text is None):
         raise PlanError("Give either --problems or --text.")
@@ -113,4 +113,4 @@ def score(
             name=model, data=str(text or problems), commit=commit() or "", extra={"sequences": len(sequences)},
         )  # fmt: skip
     scores.save(output)
-    console.print(f"wrote {output}", highlight=False, markup=False)
+    console.print(f"wrote {output}", highlight=False, markup=False, emoji=False)
