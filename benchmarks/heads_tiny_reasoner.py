@@ -38,7 +38,7 @@ SPARSITIES = (0.5, 0.2, 0.4, 0.6, 0.8)  # the most telling first
 BATCHES = ((3, 4), (0, 1, 2))  # levels that are answered together
 SPARE = 32  # an answer may be so many tokens longer than the longest solution of its batch
 WHOLE = "all heads"
-SHORT = {"group_size": 32, "tile": 32, "residual": 16, "basis_tokens": 64}  # of a quantized head, so that short texts are packed too
+SHORT = {"group_size": 32, "tile": 32, "residual": 16, "basis_tokens": 96}  # of a quantized head, so that short texts are packed too
 
 
 @dataclass(frozen=True)
