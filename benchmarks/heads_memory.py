@@ -15,7 +15,7 @@ import torch
 from rich.progress import track
 
 from bitsandheads import CachePlan, CompressedCache, HeadScores, compose, get_plan, rlkv
-from bitsandheads.demo import versions, write_json
+from bitsandheads.eval.environment import versions, write_json
 from bitsandheads.eval.runs import commit
 from bitsandheads.layer import ChunkMask
 

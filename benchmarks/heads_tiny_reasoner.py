@@ -22,7 +22,7 @@ from comparators.eviction import EvictionCache
 from comparators.methods import METHODS
 
 from bitsandheads import CachePlan, HeadGroup, HeadScores, Window, compose, get_plan, rlkv
-from bitsandheads.demo import versions, write_json
+from bitsandheads.eval.environment import versions, write_json
 from bitsandheads.eval.runner import CacheFactory, evaluate, plan_cache
 from bitsandheads.eval.runs import RunFolder, commit, read_records
 from bitsandheads.eval.summary import grouped, row_of, summarise
