@@ -202,7 +202,9 @@ def test_a_run_from_the_command_line(folder, tmp_path):
     records = read_records(tmp_path / "run")
     assert len(records) == 2 * 2 + 2 * 2 * (10 + 2)
     assert {r["prompt"] for r in records if r["task"] == "gsm8k"} == {f"{i} + 2?{benchmarks.BOXED}" for i in range(2)}
-    config = json.loads((tmp_path / "run" / "run.json").read_text())["config"]
+    about = json.loads((tmp_path / "run" / "run.json").read_text())
+    config, facts = about["config"], about["facts"]["plans"]
+    assert facts["bf16"]["bytes"]["512"] == 512 * 2 * 2 * 2 * 64 * 2 > facts["kivi-2"]["bytes"]["512"]  # tokens, layers, K and V, heads
     assert config["chat"] is True and config["sampling"] == {"temperature": 1.0} and set(config["plans"]) == {"bf16", "kivi-2"}
     before = (tmp_path / "run" / "records.jsonl").read_bytes()
     assert call(*arguments).exit_code == 0

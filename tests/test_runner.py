@@ -83,7 +83,9 @@ def test_a_record_says_what_generate_does(model):
 
 def test_batches_give_what_single_samples_give_and_come_longest_first(model):
     t = task()
-    single, batched = (flat(generate_records(model, tokenizer(), t, plan_cache(WINDOW, dtype=torch.float32), plan="window", batch_size=n)) for n in (1, 3))
+    single, batched = (
+        flat(generate_records(model, tokenizer(), t, plan_cache(WINDOW, dtype=torch.float32), plan="window", batch_size=n)) for n in (1, 3)
+    )
     assert [r.id for r in single] == [r.id for r in batched]
     assert [r.prompt_tokens for r in single] == sorted((r.prompt_tokens for r in single), reverse=True)
     for a, b in zip(single, batched, strict=True):
@@ -212,10 +214,12 @@ def test_what_a_folder_refuses(tmp_path):
 
 
 def test_run_json_says_what_was_run(tmp_path):
+    with RunFolder(tmp_path, {"seeds": (0, 1)}, {"weight": 3}):
+        pass
     with RunFolder(tmp_path, {"seeds": (0, 1)}):
         pass
     data = json.loads((tmp_path / "run.json").read_text())
-    assert data["config"] == {"seeds": [0, 1]}
+    assert data["config"] == {"seeds": [0, 1]} and data["facts"] == {"weight": 3}
     assert {"bitsandheads", "torch", "transformers", "python", "device"} <= data["versions"].keys()
     assert {"commit", "started"} <= data.keys()
 

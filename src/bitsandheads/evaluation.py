@@ -99,6 +99,21 @@ def _config(settings: Settings, plans: Iterable[CachePlan], text: str, sampling:
     return asdict(settings) | resolved | {"files": files}
 
 
+LENGTHS = tuple(2**k for k in range(9, 18))  # tokens, of the memory in the facts
+
+
+def facts(model: Any, plans: Iterable[CachePlan]) -> dict[str, Any]:
+    """Of every plan: bytes at some lengths, and the share of windowed heads."""
+    return {
+        p.name: {
+            "bytes": {n: p.bytes_for(model, n) for n in LENGTHS},
+            "windowed": p.sparsity(model, LENGTHS[-1]).windowed,
+            "note": p.note,
+        }
+        for p in plans
+    }
+
+
 def run(settings: Settings, folder: Path, console: Console) -> list[dict[str, Any]]:
     """Run or continue; returns all records of the folder.
 
@@ -125,7 +140,8 @@ def run(settings: Settings, folder: Path, console: Console) -> list[dict[str, An
         if task is not None:
             check_length(task, tokenizer, model)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with RunFolder(folder, _config(settings, plans, text, sampling, chat)) as out, Progress(*columns, console=console) as bar:
+    config = _config(settings, plans, text, sampling, chat)
+    with RunFolder(folder, config, {"plans": facts(model, plans)}) as out, Progress(*columns, console=console) as bar:
         for name, task in tasks.items():
             total = windows * len(contexts) * len(plans) if task is None else len(task.samples) * len(plans) * len(seeds)
             line = bar.add_task(name, total=total)

@@ -80,13 +80,14 @@ class RunFolder:
     Args:
         path: a new or empty folder, or one of a run with the same configuration.
         config: everything that decides what the records are, as JSON values.
+        facts: more that a reader wants to know, as JSON values; written when the run begins.
     Raises:
         RunFolderError: the folder belongs to a run with another configuration, another process is writing to it, or it holds
             something else.
         FileFormatError: its records are damaged otherwise than by a torn last line, which is removed.
     """
 
-    def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, config: Mapping[str, Any], facts: Mapping[str, Any] | None = None) -> None:
         self.path = Path(path)
         self.config = json.loads(json.dumps(config))
         if self.path.exists() and not self.path.is_dir():
@@ -98,7 +99,9 @@ class RunFolder:
         elif foreign := sorted(p.name for p in self.path.iterdir() if p.name != RUN + ".part"):
             raise RunFolderError(f"{self.path} holds no run, but {', '.join(foreign[:5])}. Give a new or empty folder.")
         if not known:
-            self._write_run()
+            started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+            about = {"config": self.config, "versions": versions(), "commit": commit(), "started": started, "facts": dict(facts or {})}
+            write_json(about, self.path / RUN)
         self._file = self._open()
         records, size = _parse(self.path / RECORDS)
         os.ftruncate(self._file.fileno(), size)
@@ -109,10 +112,6 @@ class RunFolder:
         if different:
             was = "; ".join(f"{k} was {old.get(k)!r}, now {self.config.get(k)!r}" for k in different)
             raise RunFolderError(f"{self.path} holds a run with another configuration: {was}. Give the same, or another folder.")
-
-    def _write_run(self) -> None:
-        started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        write_json({"config": self.config, "versions": versions(), "commit": commit(), "started": started}, self.path / RUN)
 
     def _open(self) -> BinaryIO:
         file = (self.path / RECORDS).open("ab")
