@@ -2,10 +2,9 @@
 
 import torch
 from torch import Tensor
+from comparators.eviction import EvictionLayer, Method
 
 COSINES = 1 << 27  # similarities of keys that are held at once
-
-from comparators.eviction import EvictionLayer, Method
 
 
 class StreamingLLM(Method):
