@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+
 from comparators.eviction import EvictionLayer, Method
 
 COSINES = 1 << 27  # similarities of keys that are held at once
