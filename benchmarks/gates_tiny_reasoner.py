@@ -1,6 +1,6 @@
 """Gate training on the tiny reasoner: three seeds, ablations, distillation; one run for each call, so that runs go side by side.
 
-    python benchmarks/gates_tiny_reasoner.py rlkv-seed0 --output DIR      (or another name of RUNS)
+    python benchmarks/gates_tiny_reasoner.py rlkv-0 --output DIR      (or another name of RUNS)
     python benchmarks/gates_tiny_reasoner.py check --output DIR           (accuracy by sparsity of every score file in DIR)
 
 Scores are written to DIR/NAME.tsv, the log to DIR/NAME.csv, seconds, tokens and memory to DIR/NAME.json. Hyper-parameters:
@@ -35,18 +35,17 @@ from bitsandheads.tasks import reasoning
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "runs" / "tiny-reasoner.yaml"
 POOL = "reasoning:train:4000:1"
-SPREAD = Spread((64, 112, 160, 208), (300, 600, 900, 900))
-WIDE = {"sink": 32, "recent": 128}
-RUNS: dict[str, dict[str, Any]] = {f"rlkv-seed{i}": {"seed": i} for i in range(3)} | {
-    "rlkv-no-adaptive-seed0": {"penalty": "constant"},
-    "rlkv-micro-batch-seed0": {"penalty": "micro_batch"},
-    "rlkv-no-curriculum-seed0": {},
-    "rlkv-window-32-128-seed0": WIDE,
+SPREAD = Spread((64, 128, 208, 288), (100, 500, 900, 1200))
+RUNS: dict[str, dict[str, Any]] = {f"rlkv-{i}": {"seed": i} for i in range(3)} | {
+    "rlkv-no-adaptive-0": {"penalty": "constant"},
+    "rlkv-micro-batch-0": {"penalty": "micro_batch"},
+    "rlkv-no-curriculum-0": {},
+    "rlkv-window-16-64-0": {"sink": 16, "recent": 64},
 }
 DUO = {
     "steps": 300,
     "batch": 8,
-    "length": 512,
+    "length": 640,
     "passkeys": 4,
     "passkey_tokens": 16,
     "cue": 2,
@@ -89,7 +88,7 @@ def reinforce(name: str, model: Any, tokenizer: Any, output: Path, changes: dict
 
 
 def distilled(name: str, model: Any, tokenizer: Any, output: Path, changes: dict[str, Any]) -> None:
-    config = DistillConfig(**({"sink": 16, "recent": 64} | DUO | changes))
+    config = DistillConfig(**({"sink": 32, "recent": 128} | DUO | changes))
     samples = reasoning.samples("train", 4000, 1)
     if name.startswith("duo-solutions"):
         pairs = [(reasoning.encode(s.prompt), reasoning.encode(s.solution)) for s in samples]

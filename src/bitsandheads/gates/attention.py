@@ -102,11 +102,11 @@ class HeadGates(nn.Module):
         if queries == 1:  # [B, H_kv, 2 groups, D]
             twice = q.reshape(batch, k.shape[1], groups, dim).repeat(1, 1, 2, 1)
             full, local = scaled_dot_product_attention(twice, k, v, attn_mask=masks, scale=scale).chunk(2, 2)
-            return (alpha * full + (1 - alpha) * local).reshape(q.shape)
+            return torch.lerp(local, full, alpha).reshape(q.shape)
         if mask is None:
             full = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=groups > 1)
         k, v, alpha = (t.repeat_interleave(groups, 1) for t in (k, v, alpha))
         if mask is not None:
             full = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
         local = scaled_dot_product_attention(q, k, v, attn_mask=masks, scale=scale)
-        return alpha * full + (1 - alpha) * local
+        return torch.lerp(local, full, alpha)
