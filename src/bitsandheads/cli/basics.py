@@ -40,17 +40,36 @@ def presets() -> None:
 
 @app.command()
 def plan(
-    plan: Annotated[str, typer.Argument(help='Preset, plan file, or "rlkv:SCORES@SPARSITY", "balanced+rlkv:SCORES@SPARSITY".')],
-    model: Annotated[str, typer.Option(help="Local folder or hub name; only its configuration is read.")],
+    name: Annotated[
+        str | None, typer.Argument(metavar="PLAN", help='Preset, plan file, or "rlkv:SCORES@SPARSITY", "balanced+rlkv:SCORES@SPARSITY".')
+    ] = None,
+    plan: Annotated[str | None, typer.Option(help="The same as PLAN; with --gpu-memory neither means all presets.")] = None,
+    model: Annotated[str, typer.Option(help="Local folder or hub name; only its configuration is read.")] = "",
     tokens: Annotated[int, typer.Option(min=1, help="Context length.")] = 32768,
     batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 1,
+    gpu_memory: Annotated[float | None, typer.Option(min=1, help="GB (1e9 bytes) of a GPU: say how much fits in place.")] = None,
+    frame_size: Annotated[str, typer.Option(help="Height x width of a video's frames, for --gpu-memory.")] = "448x448",
+    tokens_per_frame: Annotated[float | None, typer.Option(min=0.1, help="In place of what the configuration says.")] = None,
 ) -> None:
-    """What a plan does to a model: head groups, bytes and bits at a length, from the configuration alone."""
-    from ..methods import get_plan
+    """What a plan does to a model, from the configuration alone: head groups, bytes and bits; with --gpu-memory what fits."""
+    from ..errors import PlanError
+    from ..methods import get_plan, preset_names
     from ..models import load_config
 
+    chosen = name or plan
+    if not model or not (chosen or gpu_memory):
+        raise PlanError("Give --model, and a plan or --gpu-memory: `bitsandheads plan balanced --model FOLDER`.")
     config = load_config(model)
-    resolved = get_plan(plan, config).resolve(config)
+    if gpu_memory is not None:
+        from .. import capacity
+
+        each = tokens_per_frame
+        if each is None and hasattr(config, "vision_config"):
+            each = capacity.tokens_per_frame(config, *capacity.frame_size(frame_size))
+        found = capacity.compare(config, [get_plan(p, config) for p in ([chosen] if chosen else preset_names())], gpu_memory * 1e9, each)
+        console.print(capacity.table(found, config, gpu_memory * 1e9, each), highlight=False, soft_wrap=True)
+        return
+    resolved = get_plan(chosen or "", config).resolve(config)
     console.print(resolved.table(tokens), highlight=False, soft_wrap=True)
     console.print(
         f"{batch} x {tokens} tokens: {resolved.bytes_for(tokens, batch) / 1e9:.3f} GB; {resolved.sparsity(tokens)}", highlight=False
