@@ -4,7 +4,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from ..errors import BitsAndHeadsError
-from . import basics, evaluate, gates, generate, heads  # noqa: F401
+from . import basics, evaluate, gates, generate, heads, report  # noqa: F401
 from .base import app
 
 __all__ = ["app", "main"]

@@ -8,10 +8,11 @@ from .figures import Axis, Bars, Chart, Figure, Grid, Point, bounds, ticks
 
 WIDTH, HEIGHT = 440, 300
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 12, 40
+COLORS = 8  # of the palette in page.css
 Scale = Callable[[float], float]
 
 
-def _element(name: str, text: str | None = None, **attributes: object) -> str:
+def _element(name: str, text: str | None = None, /, **attributes: object) -> str:
     inner = " ".join(f'{k.rstrip("_").replace("_", "-")}="{html.escape(_short(v), quote=True)}"' for k, v in attributes.items())
     return f"<{name} {inner}/>" if text is None else f"<{name} {inner}>{text}</{name}>"
 
@@ -33,15 +34,19 @@ def _scale(axis: Axis, low: float, high: float, start: float, end: float) -> Sca
     return place
 
 
+def _paint(kind: str, color: int) -> str:
+    return f"{kind} c{color % COLORS}"
+
+
 def _marker(x: float, y: float, color: int, tip: str = "") -> str:
     """A mark whose form, too, tells the series."""
-    more = {"class_": f"mark c{color}", "data_tip": tip, "tabindex": 0} if tip else {"class_": f"mark c{color}"}
-    r = 4.5
-    if color % 4 == 0:
+    more: dict[str, object] = {"class_": _paint("mark", color)} | ({"data_tip": tip, "tabindex": 0} if tip else {})
+    r, form = 4.5, (color + color // COLORS) % 4
+    if form == 0:
         return _element("circle", cx=x, cy=y, r=r, **more)
-    if color % 4 == 1:
+    if form == 1:
         return _element("rect", x=x - r + 0.5, y=y - r + 0.5, width=2 * r - 1, height=2 * r - 1, **more)
-    corners = {2: [(0, -1.2), (1.2, 0), (0, 1.2), (-1.2, 0)], 3: [(0, -1.2), (1.1, 0.9), (-1.1, 0.9)]}[color % 4]
+    corners = {2: [(0, -1.2), (1.2, 0), (0, 1.2), (-1.2, 0)], 3: [(0, -1.2), (1.1, 0.9), (-1.1, 0.9)]}[form]
     return _element("polygon", points=" ".join(f"{x + r * a:.1f},{y + r * b:.1f}" for a, b in corners), **more)
 
 
@@ -94,7 +99,7 @@ def _labels(points: Sequence[tuple[float, float, str]], marks: Sequence[tuple[fl
 def _error_bar(p: Point, x: float, to_y: Scale, color: int) -> str:
     if p.low is None or p.high is None:
         return ""
-    return _element("line", x1=x, x2=x, y1=to_y(p.low), y2=to_y(p.high), class_=f"span c{color}")
+    return _element("line", x1=x, x2=x, y1=to_y(p.low), y2=to_y(p.high), class_=_paint("span", color))
 
 
 def chart(c: Chart) -> str:
@@ -111,7 +116,7 @@ def chart(c: Chart) -> str:
     for s in c.series:
         if s.line:
             out.append(
-                _element("polyline", points=" ".join(f"{to_x(p.x):.1f},{to_y(p.y):.1f}" for p in s.points), class_=f"line c{s.color}")
+                _element("polyline", points=" ".join(f"{to_x(p.x):.1f},{to_y(p.y):.1f}" for p in s.points), class_=_paint("line", s.color))
             )
         out += [_error_bar(p, to_x(p.x), to_y, s.color) for p in s.points]
     for s in c.series:
@@ -142,7 +147,14 @@ def bars(b: Bars) -> str:
         out.append(_text(left - 6, y + 13, x.name, "end", class_="label"))
         out.append(
             _element(
-                "rect", x=start, y=y + 3, width=max(end - start, 1), height=row - 6, class_=f"bar c{x.color}", data_tip=x.tip, tabindex=0
+                "rect",
+                x=start,
+                y=y + 3,
+                width=max(end - start, 1),
+                height=row - 6,
+                class_=_paint("bar", x.color),
+                data_tip=x.tip,
+                tabindex=0,
             )
         )
         if x.low is not None and x.high is not None:
