@@ -8,6 +8,7 @@ from torch import Tensor
 
 from . import ops
 from .errors import AttentionNotEnabledError, CacheStateError, ModelMismatchError, ShapeError
+from .ops.append import MAX_NEW
 from .ops.heads import HeadSet
 from .plan import HeadGroup, LayerShape
 from .stores.base import Memory, Prompt, Store
@@ -137,12 +138,12 @@ class CompressedLayer:
             heads = g.kv_heads or ()
             kg, vg = self._pick(k, heads), self._pick(v, heads)
             if g.quant is not None:
-                self.stores.append(PackedStore(heads, kg, vg, g.quant))
+                self.stores.append(PackedStore(heads, kg, vg, g.quant, self.backend))
             elif g.window is not None:
-                self.stores.append(WindowStore(heads, kg, vg, g.window.sink, g.window.recent))
+                self.stores.append(WindowStore(heads, kg, vg, g.window.sink, g.window.recent, self.backend))
             else:
                 keep = whole and ops.resolve_backend(self.backend, k.device) == "reference"
-                self.stores.append(WholeStore(heads, kg, vg, keep_padding=keep))
+                self.stores.append(WholeStore(heads, kg, vg, self.backend, keep_padding=keep))
 
     def _pick(self, x: Tensor, heads: tuple[int, ...]) -> Tensor:
         return x if len(heads) == x.shape[1] and heads == tuple(range(x.shape[1])) else x[:, list(heads)]
@@ -170,10 +171,7 @@ class CompressedLayer:
             keys, values = (k, v) if first else self._with_history(k, v)
             out = base(q, keys, values)
             del keys, values
-        for store in self.stores:
-            kept_k, kept_v = (self._pick(x, store.kv_heads).to(self.dtype or x.dtype) for x in (k, v))
-            store.append(kept_k, kept_v, chunk.valid)
-            del kept_k, kept_v
+        self._append(k, v, chunk.valid)
         self._record(n, chunk.valid)
         if not exact:
             hidden = None if chunk.hidden is None else chunk.hidden.to(q.device)
@@ -183,6 +181,19 @@ class CompressedLayer:
         for store in self.stores:
             store.compress(self._prompt(q, store, chunk, scale))
         return out
+
+    def _append(self, k: Tensor, v: Tensor, valid: Tensor | None) -> None:
+        """Add the chunk to the stores; a few real tokens in one launch and without a transfer."""
+        n = k.shape[2]
+        if valid is None and n <= MAX_NEW and all(store.steady for store in self.stores):
+            ops.append(k, v, [store.growing(n) for store in self.stores], self.backend)
+            for store in self.stores:
+                store.advance(n)
+            return
+        for store in self.stores:
+            kept_k, kept_v = (self._pick(x, store.kv_heads).to(self.dtype or x.dtype) for x in (k, v))
+            store.append(kept_k, kept_v, valid)
+            del kept_k, kept_v
 
     def _take_scores(self, n: int, chunk: ChunkMask) -> None:
         """Note the chunk's token scores; tokens that come without are the least salient."""
@@ -244,7 +255,7 @@ class CompressedLayer:
             self.segments.append(Segment(n, valid))
 
     def _prompt(self, q: Tensor, store: Store, chunk: ChunkMask, scale: float) -> Prompt | None:
-        if not isinstance(store, PackedStore):
+        if not isinstance(store, PackedStore) or not store.wants_prompt:
             return None
         group = self.shape.q_heads // self.shape.kv_heads
         newest = q[:, :, -RECENT_QUERIES:].unflatten(1, (self.shape.kv_heads, group))

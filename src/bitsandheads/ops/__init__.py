@@ -12,10 +12,12 @@ from torch import Tensor
 
 from ..errors import BackendError
 from . import reference
+from .append import append
 from .backends import explain_backends, mark_failed, resolve_backend, say_once, why_not
 from .heads import HeadSet
+from .pack import pack
 
-__all__ = ["HeadSet", "decode_attention", "explain_backends", "flatten_sets", "resolve_backend"]
+__all__ = ["HeadSet", "append", "decode_attention", "explain_backends", "flatten_sets", "pack", "resolve_backend"]
 
 _STATIC = ("kv_heads", "layout", "window", "extra")
 _DESCRIPTIONS: list[tuple[Any, ...]] = []

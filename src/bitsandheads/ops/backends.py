@@ -73,13 +73,24 @@ def resolve_backend(backend: str, device: torch.device) -> str:
     return backend
 
 
+def resolve_packing(backend: str, device: torch.device) -> str:
+    """The backend of packing and appending, "triton" or "reference": the CUDA backend has no kernels of its own for them.
+
+    Raises:
+        BackendError: a backend was named that cannot run here, or that does not exist.
+    """
+    chosen = resolve_backend(backend, device)
+    return chosen if chosen != "cuda" else "triton" if why_not("triton", device) is None else "reference"
+
+
 def explain_backends(device: torch.device) -> list[str]:
     """One line for each backend: whether it runs on the device, why not, and what "auto" takes."""
     lines = []
     for name in BACKENDS:
         why = why_not(name, device)
         lines.append(f"backend {name:10} {'runs' if why is None else f'does not run: {why}'}")
-    return [*lines, f"backend auto       takes {resolve_backend('auto', device)!r} on {device.type}"]
+    attention, packing = resolve_backend("auto", device), resolve_packing("auto", device)
+    return [*lines, f"backend auto       takes {attention!r} on {device.type} for attention, {packing!r} for packing and appending"]
 
 
 def mark_failed(backend: str, why: str) -> None:

@@ -10,14 +10,7 @@ letters: T tokens of a tile, D head_dim (DP: the next power of two), R query row
 import triton
 import triton.language as tl
 
-from .pack_kernels import source_token
-
-
-@triton.jit
-def _scores(q, k, scale_log2, own, key):
-    """q k^T in units of log2, [keys, rows]; what a row does not see is -inf."""
-    s = tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2
-    return tl.where(key[:, None] <= own[None], s, float("-inf"))
+from .pack_kernels import skipped, source_token
 
 
 @triton.jit
@@ -50,10 +43,12 @@ def query_sums(q, k, counts, most, sums, k_b, k_h, k_t, heads, scale_log2, D: tl
     norm = tl.zeros([BLOCK], tl.float32)
     for first in range(split * BLOCK, total, splits * BLOCK):
         block, key = _keys(base, first, total, k_t, D, DP, BLOCK, DOT)
-        s = _scores(x, block, scale_log2, own, key)
-        new = tl.maximum(m, tl.max(s, 0))
+        s = tl.dot(x, tl.trans(block), input_precision="ieee") * scale_log2
+        if first + BLOCK > total - N:  # keys that not every row sees
+            s = tl.where(key[None] <= own[:, None], s, float("-inf"))
+        new = tl.maximum(m, tl.max(s, 1))
         safe = tl.where(new > float("-inf"), new, 0.0)
-        norm = norm * tl.exp2(m - safe) + tl.sum(tl.exp2(s - safe[None]), 0)
+        norm = norm * tl.exp2(m - safe) + tl.sum(tl.exp2(s - safe[:, None]), 1)
         m = new
     at = (bh * splits + split) * R + row
     tl.store(most + at, m, mask=row < R)
@@ -74,7 +69,9 @@ def key_mass(q, k, counts, lse, row_weight, mass, k_b, k_h, k_t, mass_b, mass_h,
     out = tl.zeros([BLOCK], tl.float32)
     for i in range(0, (R + BLOCK - 1) // BLOCK):
         x, row, own = _rows(q, bh, i, total, D, DP, R, N, BLOCK, DOT)
-        s = _scores(x, block, scale_log2, own, key)
+        s = tl.dot(block, tl.trans(x), input_precision="ieee") * scale_log2
+        if first + BLOCK > total - N:
+            s = tl.where(key[:, None] <= own[None], s, float("-inf"))
         norm = tl.load(lse + bh * R + row, mask=row < R, other=0.0)
         w = tl.load(row_weight + b * N + row % N, mask=row < R, other=0.0)
         out += tl.sum(tl.exp2(s - norm[None]) * w[None], 1)
@@ -83,7 +80,56 @@ def key_mass(q, k, counts, lse, row_weight, mass, k_b, k_h, k_t, mass_b, mass_h,
 
 
 @triton.jit
-def moments(x, weight, skip, jobs, totals, grams, x_b, x_h, x_t, w_b, w_h, batch, heads, SKIP: tl.constexpr, WEIGHTED: tl.constexpr,
+def diagonalize(matrices, vectors, sweeps, D: tl.constexpr, HALF: tl.constexpr):
+    """Eigenvectors of symmetric float32 matrices [n, D, D] by Jacobi rotations, in place. Program: a matrix.
+
+    D is even. Every round rotates D / 2 disjoint pairs (round-robin tournament, Brent and Luk, 1985), D - 1 rounds are a sweep.
+    vectors: float32 [n, D, D], rows; the identity before. A place of memory is read and written by the same thread, so that only rounds
+    must wait for each other.
+    """
+    a = matrices + tl.program_id(0).to(tl.int64) * D * D
+    v = vectors + tl.program_id(0).to(tl.int64) * D * D
+    i = tl.arange(0, HALF)
+    there = i < D // 2
+    both = there[:, None] & there[None]
+    column = tl.arange(0, 2 * HALF)
+    whole = there[:, None] & (column < D)[None]
+    for step in range(sweeps * (D - 1)):
+        r = step % (D - 1)
+        p = tl.where(i == 0, D - 1, (r + i) % (D - 1))
+        q = (r - i + D - 1) % (D - 1)
+        pp = tl.load(a + p * (D + 1), mask=there, other=1.0)
+        qq = tl.load(a + q * (D + 1), mask=there, other=1.0)
+        pq = tl.load(a + p * D + q, mask=there, other=0.0)
+        # the smaller angle that makes the entry (p, q) zero (Golub and Van Loan, section 8.5.2)
+        tau = (qq - pp) / tl.where(pq != 0, 2.0 * pq, 1.0)
+        t = tl.where(tau >= 0, 1.0, -1.0) / (tl.abs(tau) + tl.sqrt(1.0 + tau * tau))
+        t = tl.where(pq != 0, t, 0.0)
+        c = 1.0 / tl.sqrt(1.0 + t * t)
+        s = t * c
+        ci, si, cj, sj = c[:, None], s[:, None], c[None], s[None]
+        tl.debug_barrier()
+        at = p[:, None] * D
+        bt = q[:, None] * D
+        a_pp = tl.load(a + at + p[None], mask=both, other=0.0)
+        a_pq = tl.load(a + at + q[None], mask=both, other=0.0)
+        a_qp = tl.load(a + bt + p[None], mask=both, other=0.0)
+        a_qq = tl.load(a + bt + q[None], mask=both, other=0.0)
+        left_pp, left_pq = ci * a_pp - si * a_qp, ci * a_pq - si * a_qq
+        left_qp, left_qq = si * a_pp + ci * a_qp, si * a_pq + ci * a_qq
+        tl.store(a + at + p[None], left_pp * cj - left_pq * sj, mask=both)
+        tl.store(a + at + q[None], left_pp * sj + left_pq * cj, mask=both)
+        tl.store(a + bt + p[None], left_qp * cj - left_qq * sj, mask=both)
+        tl.store(a + bt + q[None], left_qp * sj + left_qq * cj, mask=both)
+        v_p = tl.load(v + at + column[None], mask=whole, other=0.0)
+        v_q = tl.load(v + bt + column[None], mask=whole, other=0.0)
+        tl.store(v + at + column[None], ci * v_p - si * v_q, mask=whole)
+        tl.store(v + bt + column[None], si * v_p + ci * v_q, mask=whole)
+        tl.debug_barrier()
+
+
+@triton.jit
+def moments(x, weight, skip, jobs, totals, grams, x_b, x_h, x_t, w_b, w_h, batch, heads, SKIP: tl.constexpr, SKIP_PADDED: tl.constexpr, WEIGHTED: tl.constexpr,
             DOT: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, TOKENS: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
     """Partial sums over the tokens that are packed: of w x, float32 [B h, workers, DP], and of the products of the deviations from the groups'
     means, float32 [B h, workers, DP, DP]. Program (worker, sequence and head); jobs as in pack_kernels.pack_tiles."""
@@ -99,14 +145,15 @@ def moments(x, weight, skip, jobs, totals, grams, x_b, x_h, x_t, w_b, w_h, batch
     t = tl.arange(0, TOKENS)
     total = tl.zeros([DP], tl.float32)
     gram = tl.zeros([DP, DP], tl.float32)
+    left_out = skipped(skip + bh * SKIP, SKIP, SKIP_PADDED)
     for n in range(worker, count, workers):
-        at = source_token(first + n * TOKENS + t, skip + bh * SKIP, SKIP)
+        at = source_token(first + n * TOKENS + t, left_out, SKIP)
         tokens = tl.load(
             x + b * x_b + h * x_h + at.to(tl.int64)[:, None] * x_t + a[None], mask=(a < D)[None] & (at >= 0)[:, None], other=0.0
         )
         v = tl.reshape(tokens.to(tl.float32), [GROUPS, GROUP, DP])
         if WEIGHTED:
-            w = tl.reshape(tl.load(weight + b * w_b + h * w_h + at), [GROUPS, GROUP])[:, :, None]
+            w = tl.reshape(tl.load(weight + b * w_b + h * w_h + n * TOKENS + t), [GROUPS, GROUP])[:, :, None]
             shared = tl.sum(v * w, 1)
             z = v - (shared / tl.sum(w, 1))[:, None, :]
             zw = z * w
@@ -123,7 +170,7 @@ def moments(x, weight, skip, jobs, totals, grams, x_b, x_h, x_t, w_b, w_h, batch
 
 
 @triton.jit
-def refit_sums(x, kept, mean, weight, skip, jobs, grams, crosses, x_b, x_h, x_t, w_b, w_h, batch, heads, room, SKIP: tl.constexpr,
+def refit_sums(x, kept, mean, weight, skip, jobs, grams, crosses, x_b, x_h, x_t, w_b, w_h, batch, heads, room, SKIP: tl.constexpr, SKIP_PADDED: tl.constexpr,
                WEIGHTED: tl.constexpr, DOT: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, TOKENS: tl.constexpr):  # fmt: skip
     """Partial sums of w y' y'^T and w y' (x - mean)^T, float32 [B h, workers, DP, DP], y' the restored axes (`kept`, as pack_tiles leaves them)."""
     worker = tl.program_id(0)
@@ -138,8 +185,9 @@ def refit_sums(x, kept, mean, weight, skip, jobs, grams, crosses, x_b, x_h, x_t,
     middle = tl.load(mean + bh * D + a, mask=a < D, other=0.0)
     gram = tl.zeros([DP, DP], tl.float32)
     cross = tl.zeros([DP, DP], tl.float32)
+    left_out = skipped(skip + bh * SKIP, SKIP, SKIP_PADDED)
     for n in range(worker, count, workers):
-        at = source_token(first + n * TOKENS + t, skip + bh * SKIP, SKIP)
+        at = source_token(first + n * TOKENS + t, left_out, SKIP)
         tokens = tl.load(
             x + b * x_b + h * x_h + at.to(tl.int64)[:, None] * x_t + a[None], mask=(a < D)[None] & (at >= 0)[:, None], other=0.0
         )
@@ -147,7 +195,7 @@ def refit_sums(x, kept, mean, weight, skip, jobs, grams, crosses, x_b, x_h, x_t,
         y = tl.load(kept + ((bh * room + n) * DP + a)[:, None] * TOKENS + t[None])
         left = y.to(tl.float32)
         if WEIGHTED:
-            left = left * tl.load(weight + b * w_b + h * w_h + at)[None]
+            left = left * tl.load(weight + b * w_b + h * w_h + n * TOKENS + t)[None]
         left = left.to(tl.bfloat16).to(DOT)
         gram = tl.dot(left, tl.trans(y.to(DOT)), gram, input_precision="ieee")
         cross = tl.dot(left, z, cross, input_precision="ieee")

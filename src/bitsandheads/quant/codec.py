@@ -21,6 +21,12 @@ RIDGE = 0.01  # of each axis's energy, against over-fitting the map back
 METRIC_FLOOR = 0.01  # share of the mean squared query that every channel counts at least
 
 
+def principal_axes(gram: Tensor, scale: Tensor) -> Tensor:
+    """Eigenvectors of a sum of products [..., D, D] of channels that are scaled by `scale` [..., D]: float32 [..., D, D], by falling eigenvalue."""
+    scaled = gram.double() * scale[..., None] * scale[..., None, :]
+    return torch.linalg.eigh(scaled)[1].flip(-1).float()
+
+
 @dataclass(frozen=True)
 class HalfCodec:
     """Codes one half (keys or values) of a tile.
@@ -78,39 +84,60 @@ class HalfCodec:
 
     def _principal(self, x: Tensor, energy: Tensor, weights: Tensor | None) -> Basis:
         spec = self.layout.spec
-        w = torch.ones_like(x[..., :1]) if weights is None else weights[..., None]
-        mean = (x * w).mean(2)
-        z = x - mean[:, :, None]
-        basis: Basis = {"mean": mean}
-        scale = torch.ones_like(mean)
-        if spec.query_weighted:
-            scale = (energy + METRIC_FLOOR * energy.mean(-1, keepdim=True)).clamp(min=1e-12).sqrt()
-            scale = scale / scale.mean(-1, keepdim=True)
-        # every group stores its centres, so what is left to code is the deviation from the group's mean
-        local, share = (t.unflatten(2, (-1, self.layout.group_size)) for t in (z * scale[:, :, None], w))
-        local = local - (local * share).sum(3, keepdim=True) / share.sum(3, keepdim=True)
-        local = (local * share.sqrt()).flatten(2, 3)
-        turn = torch.linalg.eigh((local.transpose(-1, -2) @ local).double())[1].flip(-1).to(x.dtype)
-        if not spec.query_weighted and not spec.refit:
-            basis["axes"] = turn.to(torch.bfloat16)
-        else:
-            basis["forward"] = (scale[..., None] * turn).to(torch.bfloat16)
-            basis["axes"] = (turn / scale[..., None]).to(torch.bfloat16)
+        mean, gram = self.moments(x, weights)
+        scale = self.metric(energy)
+        basis = self.principal_basis(mean, scale, principal_axes(gram, scale))
         if spec.refit or spec.noise_correction:
             y = self.encode(x, basis)
             kept = self.layout.read(self.pack(x, basis, weights)).flatten(2, 3)
             if spec.refit:
-                back = basis["axes"].float().transpose(-1, -2)
-                weighted = (kept * w).transpose(-1, -2)
-                gram = (weighted @ kept).double()
-                power = gram.diagonal(dim1=-2, dim2=-1)
-                ridge = RIDGE * power + 1e-6 * power.mean(-1, keepdim=True) + 1e-30
-                change = weighted @ (z - kept @ back)
-                back = back + torch.linalg.solve(gram + torch.diag_embed(ridge), change.double()).to(x.dtype)
-                basis["axes"] = back.transpose(-1, -2).to(torch.bfloat16)
+                left = (kept if weights is None else kept * weights[..., None]).transpose(-1, -2)
+                basis["axes"] = self.refit(basis, left @ kept, left @ (x - mean[:, :, None]))
             if spec.noise_correction:
                 basis["noise"] = (y - kept).square().mean(2)
         return basis
+
+    def moments(self, x: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Weighted mean [B, H, D] of x [B, H, T, D], and the sum of the products of weighted deviations from the groups' means, [B, H, D, D].
+
+        Every group stores its centres, so what is left to code is the deviation from the group's mean.
+        """
+        w = torch.ones_like(x[..., :1]) if weights is None else weights[..., None]
+        mean = (x * w).mean(2)
+        local, share = (t.unflatten(2, (-1, self.layout.group_size)) for t in (x - mean[:, :, None], w))
+        local = local - (local * share).sum(3, keepdim=True) / share.sum(3, keepdim=True)
+        local = (local * share.sqrt()).flatten(2, 3)
+        return mean, local.transpose(-1, -2) @ local
+
+    def metric(self, energy: Tensor) -> Tensor:
+        """What a deviation of each channel counts, float32 [B, H, D] with mean 1 (query-weighted specs), from mean squared queries."""
+        if not self.layout.spec.query_weighted:
+            return torch.ones_like(energy)
+        scale = (energy + METRIC_FLOOR * energy.mean(-1, keepdim=True)).clamp(min=1e-12).sqrt()
+        return scale / scale.mean(-1, keepdim=True)
+
+    def principal_basis(self, mean: Tensor, scale: Tensor, turn: Tensor) -> Basis:
+        """A basis (before `refit`) from the mean, the metric and the principal axes in that metric."""
+        if not self.layout.spec.query_weighted and not self.layout.spec.refit:
+            return {"mean": mean, "axes": turn.to(torch.bfloat16)}
+        forward, back = scale[..., None] * turn, turn / scale[..., None]
+        return {"mean": mean, "forward": forward.to(torch.bfloat16), "axes": back.to(torch.bfloat16)}
+
+    def refit(self, basis: Basis, gram: Tensor, cross: Tensor) -> Tensor:
+        """The map from axes back to channels by ridge regression: bfloat16 [B, H, D, D], channels x axes.
+
+        Args:
+            basis: with the inverse of the map to the axes as "axes".
+            gram, cross: sums over the packed tokens of w y' y'^T and w y' (x - mean)^T, y' the restored axes; float32 [B, H, D, D].
+        """
+        gram, cross = gram.double(), cross.double()
+        gram = 0.5 * (gram + gram.mT)
+        back = basis["axes"].double().transpose(-1, -2)
+        power = gram.diagonal(dim1=-2, dim2=-1)
+        ridge = RIDGE * power + 1e-6 * power.mean(-1, keepdim=True) + 1e-30
+        factor = torch.linalg.cholesky_ex(gram + torch.diag_embed(ridge))[0]
+        back = back + torch.cholesky_solve(cross - gram @ back, factor)
+        return back.transpose(-1, -2).to(torch.bfloat16)
 
     def encode(self, x: Tensor, basis: Basis) -> Tensor:
         """Channels float32 [B, H, T, D] -> axes, sorted by class, of the same shape."""

@@ -19,6 +19,14 @@ def itemsize(fmt: MetadataFormat) -> int:
     return 2 if fmt == "fp16" else 1
 
 
+def unstorable(largest: float, fmt: MetadataFormat) -> NotFiniteError:
+    """The error for metadata beyond the format's range."""
+    return NotFiniteError(
+        f"A step or centre of the codes is {largest}; {fmt} metadata hold at most {LIMITS[fmt]:.0f}. Look for an overflow in the model "
+        "(float16 weights? try bfloat16), or keep these heads whole in the plan."
+    )
+
+
 def encode(x: Tensor, fmt: MetadataFormat) -> tuple[Tensor, Tensor, Tensor]:
     """Round numbers to their stored form.
 
@@ -32,10 +40,7 @@ def encode(x: Tensor, fmt: MetadataFormat) -> tuple[Tensor, Tensor, Tensor]:
         NotFiniteError: a number is not finite, or too large for the format.
     """
     if x.numel() and not (largest := x.abs().max().item()) <= LIMITS[fmt]:
-        raise NotFiniteError(
-            f"A step or centre of the codes is {largest}; {fmt} metadata hold at most {LIMITS[fmt]:.0f}. Look for an overflow in the model "
-            "(float16 weights? try bfloat16), or keep these heads whole in the plan."
-        )
+        raise unstorable(largest, fmt)
     if fmt == "fp16" or x.shape[-1] == 0:
         stored = x.half().contiguous()
         return stored.view(torch.uint8), torch.ones(*x.shape[:-1], 1, dtype=torch.float16, device=x.device), stored.float()

@@ -6,8 +6,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..ops.append import Growing, append
 from ..ops.heads import HeadSet
 from .tail import Tail
+
+NEVER = 2**31 - 1  # limit of a tail that gives no tokens away
 
 
 @dataclass
@@ -51,20 +54,54 @@ class Prompt:
 
 
 class Store(ABC):
-    """The tokens of one head group of one layer."""
+    """The tokens of one head group of one layer.
+
+    Counts are kept twice: as numbers on the host, and on the device, where the kernels read them. A step of a few real tokens advances both
+    without a transfer (`growing`, `ops.append`, `advance`); whatever else changes counts writes them to the device (`_sync`).
+
+    Attributes:
+        counts: int32 [4, B] on the device: sink tokens, tiles, tail tokens, and the limit: tail tokens at which the oldest of them leave.
+        leave: how many leave then, see ops.append.Growing.
+        backend: who appends and packs, see ops.
+    """
 
     tail: Tail
-    lengths: Tensor  # int32 [3, B]: sink tokens, tiles, tail tokens
+    leave: int = 0
 
-    def __init__(self, kv_heads: tuple[int, ...], k: Tensor, v: Tensor) -> None:
+    def __init__(self, kv_heads: tuple[int, ...], k: Tensor, v: Tensor, backend: str) -> None:
         """k, v: [B, h, any, D]; only batch, heads, head_dim, dtype and device count."""
-        self.kv_heads = kv_heads
+        self.kv_heads, self.backend = kv_heads, backend
         self.tail = Tail(k, v)
-        self.lengths = torch.zeros(3, k.shape[0], dtype=torch.int32, device=k.device)
+        self.counts = torch.zeros(4, k.shape[0], dtype=torch.int32, device=k.device)
+        self.counts[3] = NEVER
+
+    @property
+    def lengths(self) -> Tensor:
+        """int32 [3, B] on the device: sink tokens, tiles, tail tokens."""
+        return self.counts[:3]
 
     @abstractmethod
     def append(self, k: Tensor, v: Tensor, valid: Tensor | None) -> None:
         """Add a chunk [B, h, n, D]; valid bool [B, n] on the CPU, or None when all tokens are real."""
+
+    @property
+    def steady(self) -> bool:
+        """Whether the next real tokens all go to the tail, so that `ops.append` can put them there."""
+        return not self.tail.borrowed
+
+    def growing(self, tokens: int) -> Growing:
+        """What ops.append needs to add `tokens` tokens to every sequence. The caller appends them, then calls `advance`."""
+        self.tail.reserve(max(self.tail.count) + tokens)
+        return Growing(self.kv_heads, self.tail.k, self.tail.v, self.counts, self.leave)
+
+    def advance(self, tokens: int) -> None:
+        """Note on the host that `tokens` tokens were appended to every sequence."""
+        self.tail.count = [c + tokens for c in self.tail.count]
+
+    def _let_oldest_leave(self) -> None:
+        """Apply the limits on the device; the caller counts along on the host."""
+        empty = self.tail.k[:, :, :0], self.tail.v[:, :, :0]
+        append(*empty, [self.growing(0)], self.backend)
 
     @abstractmethod
     def compress(self, prompt: Prompt | None) -> None:
@@ -104,13 +141,17 @@ class Store(ABC):
     def select(self, index: Tensor) -> None:
         """Keep these sequences, in this order. index: int64 [B'] on the CPU."""
         self.tail.select(index)
-        self.lengths = self.lengths.index_select(1, index.to(self.lengths.device))
+        self.counts = self.counts.index_select(1, index.to(self.counts.device))
 
     @property
     def lossless(self) -> bool:
         """Whether every token that was appended is still held whole, in one piece, for all sequences alike."""
         return False
 
-    def _sync_lengths(self, sinks: list[int], tiles: list[int]) -> None:
-        new = torch.tensor([sinks, tiles, self.tail.count], dtype=torch.int32)
-        self.lengths = new.to(self.lengths.device)
+    @abstractmethod
+    def _host_counts(self) -> list[list[int]]:
+        """The rows of `counts`, from what the host knows."""
+
+    def _sync(self) -> None:
+        """Write the host's counts to the device."""
+        self.counts.copy_(torch.tensor(self._host_counts(), dtype=torch.int32))

@@ -7,11 +7,12 @@ from torch import Tensor
 
 from ..errors import CacheStateError, NotFiniteError
 from ..ops.heads import HeadSet
+from ..ops.pack import Which, pack, packing_backend
 from ..quant.codec import Basis, HalfCodec
-from ..quant.metadata import LIMITS
+from ..quant.metadata import LIMITS, unstorable
 from ..quant.spec import KVQuant
 from ..quant.tile import TileLayout
-from .base import Memory, Prompt, Store
+from .base import NEVER, Memory, Prompt, Store
 from .tail import Tail, check_counts, check_tensor
 
 RECENT_QUERIES = 256  # newest queries whose energy and attention steer the codes
@@ -26,21 +27,20 @@ class Bank:
         self.tiles = torch.zeros(batch, heads, 0, layout.nbytes, dtype=torch.uint8, device=device)
         self.count = [0] * batch
 
-    def append(self, rows: list[int], new: Tensor) -> None:
-        """Add tiles [rows, h, n, bytes], to each sequence behind its own."""
-        n, start = new.shape[2], [self.count[b] for b in rows]
-        need = max(start) + n
-        if need > self.tiles.shape[2]:
-            capacity = need if self.tiles.shape[2] == 0 else max(need, need * 9 // 8 + 1)
+    def reserve(self, tiles: int) -> None:
+        """Make room for `tiles` tiles of every sequence; growth is geometric."""
+        if tiles > self.tiles.shape[2]:
+            capacity = tiles if self.tiles.shape[2] == 0 else tiles * 9 // 8 + 1
             grown = self.tiles.new_zeros(*self.tiles.shape[:2], capacity, self.tiles.shape[3])
             grown[:, :, : self.tiles.shape[2]] = self.tiles
             self.tiles = grown
-        if len(set(start)) == 1:
-            index = slice(None) if len(rows) == len(self.count) else torch.tensor(rows, device=new.device)
-            self.tiles[index, :, start[0] : need] = new
-        else:
-            place = torch.tensor(start, device=new.device)[:, None] + torch.arange(n, device=new.device)
-            self.tiles[torch.tensor(rows, device=new.device)[:, None], :, place] = new.transpose(1, 2)
+
+    def append(self, rows: list[int], new: Tensor) -> None:
+        """Add tiles [rows, h, n, bytes] to sequences that all have the same count."""
+        n, start = new.shape[2], self.count[rows[0]]
+        self.reserve(start + n)
+        index = slice(None) if len(rows) == len(self.count) else torch.tensor(rows, device=new.device)
+        self.tiles[index, :, start : start + n] = new
         for b in rows:
             self.count[b] += n
 
@@ -95,8 +95,8 @@ class Recent:
 class PackedStore(Store):
     """One head group under a KVQuant. See quant.spec.KVQuant for the rules, quant.tile for the bytes."""
 
-    def __init__(self, kv_heads: tuple[int, ...], k: Tensor, v: Tensor, quant: KVQuant) -> None:
-        super().__init__(kv_heads, k, v)
+    def __init__(self, kv_heads: tuple[int, ...], k: Tensor, v: Tensor, quant: KVQuant, backend: str) -> None:
+        super().__init__(kv_heads, k, v, backend)
         batch, heads, _, dim = k.shape
         self.quant = quant
         self.layout = TileLayout.of(quant, dim)
@@ -112,29 +112,39 @@ class PackedStore(Store):
         self.recent: Recent | None = None
         self.positions = torch.zeros(batch, heads, quant.heavy, dtype=torch.int32, device=k.device)
         self.start_tiles = [0] * batch
+        self.leave = quant.tile
+        self.status = torch.zeros(1, dtype=torch.int32, device=k.device)
 
     def append(self, k: Tensor, v: Tensor, valid: Tensor | None) -> None:
         """See Store.append."""
         self.tail.append(k, v, valid)
         self._sync()
 
-    def _sync(self) -> None:
-        self._sync_lengths(self.first.count, self.bank.count)
+    def _host_counts(self) -> list[list[int]]:
+        limits = [self.quant.residual + self.quant.tile if started else NEVER for started in self.started]
+        return [self.first.count, self.bank.count, self.tail.count, limits]
+
+    @property
+    def wants_prompt(self) -> bool:
+        """Whether `compress` looks at the chunk's queries and scores."""
+        return not all(self.started)
 
     def compress(self, prompt: Prompt | None) -> None:
         """Pack every full tile that is older than the residual."""
         self._observe(prompt)
         quant = self.quant
-        due: dict[tuple[int, ...], list[int]] = {}  # sequences that are packed together; of those that have started only the tiles count
-        for b, count in enumerate(self.tail.count):
-            ready = (count - quant.residual) // quant.tile if self.started[b] else quant.start_tiles(count)
-            if ready > 0:
-                due.setdefault((ready, -1) if self.started[b] else (ready, count), []).append(b)
-        for (n, count), rows in due.items():
-            self._pack(rows, n, count, count < 0, prompt)
-        self.tail.own()
-        if due:
+        start = [0 if s else quant.start_tiles(c) for s, c in zip(self.started, self.tail.count, strict=True)]
+        due = [(c - quant.residual) // quant.tile if s else 0 for s, c in zip(self.started, self.tail.count, strict=True)]
+        if any(start):
+            self._start(start, prompt)
             self._sync()
+        if max(due) == 1 and not self.tail.borrowed:
+            self._pack_oldest(due)
+        elif max(due) > 0:
+            self._pack_tail(due)
+            self._sync()
+        self.tail.own()
+        self.tail.trim(quant.residual + quant.tile)
         if all(self.started):
             self.recent = None
 
@@ -148,29 +158,73 @@ class PackedStore(Store):
         order = w.bool().int().argsort(dim=1, stable=True)[:, -RECENT_QUERIES:]  # padding first: the last queries belong to the last keys
         self.recent = Recent(q.gather(3, order[:, None, None, :, None].expand(*q.shape[:3], -1, q.shape[4])), w.gather(1, order))
 
-    def _pack(self, rows: list[int], n: int, count: int, started: bool, prompt: Prompt | None) -> None:
-        """Pack the oldest n tiles of these sequences; those that have not started have `count` tokens in the tail."""
+    def _pack_oldest(self, due: list[int]) -> None:
+        """Pack the oldest tile of the sequences whose tail has grown to its limit: decided on the device, the host only counts along."""
+        self.bank.reserve(max(c + d for c, d in zip(self.bank.count, due, strict=True)))
+        self._pack(self.counts, 1, due=True)
+        self._let_oldest_leave()
+        self._count_packed(due)
+        self.tail.count = [c - d * self.quant.tile for c, d in zip(self.tail.count, due, strict=True)]
+
+    def _pack_tail(self, due: list[int]) -> None:
+        """Pack the oldest due[b] tiles of each sequence."""
+        self.bank.reserve(max(c + d for c, d in zip(self.bank.count, due, strict=True)))
+        jobs = torch.tensor([[0] * len(due), due, self.bank.count], dtype=torch.int32, device=self.tail.k.device)
+        self._pack(jobs, max(due), due=False)
+        self._count_packed(due)
+        self.tail.drop_front([d * self.quant.tile for d in due], self.quant.residual + self.quant.tile)
+
+    def _pack(self, jobs: Tensor, most: int, due: bool) -> None:
+        """Keys and values of the tail into the bank, see ops.pack; tokens that cannot be packed are an error before anything is counted."""
+        halves: list[tuple[Which, Tensor, Basis]] = [("keys", self.tail.k, self.basis[0]), ("values", self.tail.v, self.basis[1])]
+        if self._packer == "reference":
+            self._check_finite()
+        for which, x, basis in halves:
+            pack(x, self.bank.tiles, jobs, most, self.layout, which, basis, due=due, status=self.status, backend=self.backend)
+        self._check_status()
+
+    @property
+    def _packer(self) -> str:
+        return packing_backend(self.tail.k, self.backend)
+
+    def _count_packed(self, tiles: list[int]) -> None:
+        self.bank.count = [c + n for c, n in zip(self.bank.count, tiles, strict=True)]
+
+    def _start(self, tiles: list[int], prompt: Prompt | None) -> None:
+        """Find the basis of the sequences with tiles[b] > 0, and pack their first tiles[b] tiles."""
+        if self._packer == "triton" and self.salient is None:
+            self._start_together(tiles, prompt)
+            return
+        alike: dict[tuple[int, int], list[int]] = {}
+        for b, n in enumerate(tiles):
+            if n:
+                alike.setdefault((self.tail.count[b], n), []).append(b)
+        for (count, n), rows in alike.items():
+            self._start_alike(rows, count, n, prompt)
+
+    def _started(self, tiles: list[int]) -> None:
+        """Note which sequences have started, and that their tokens have left the tail."""
+        whole = self.quant.sink + self.quant.heavy
+        self.tail.drop_front([n * self.quant.tile + whole if n else 0 for n in tiles], self.quant.residual + self.quant.tile)
+        for b, n in enumerate(tiles):
+            if n:
+                self.first.count[b], self.started[b] = whole, True
+
+    def _start_alike(self, rows: list[int], count: int, n: int, prompt: Prompt | None) -> None:
+        """In plain PyTorch, for sequences of one length."""
         quant = self.quant
         everyone = len(rows) == len(self.tail.count)
         index = slice(None) if everyone else torch.tensor(rows, device=self.tail.k.device)
-        end = n * quant.tile + (0 if started else quant.sink + quant.heavy)
-        k, v = self.tail.k[index, :, :end], self.tail.v[index, :, :end]
-        self._check_finite(k, "keys")
-        self._check_finite(v, "values")
-        mass = None
-        if not started:
-            mass = self._mass(rows, index, count, prompt)
-            k, v, mass = self._set_apart(rows, index, k, v, mass)
-            self._find_basis(index, k.float(), v.float(), mass)
-            for b in rows:
-                self.first.count[b] = quant.sink + quant.heavy
-                self.started[b] = True
+        end = n * quant.tile + quant.sink + quant.heavy
+        self._check_finite()
+        mass = self._mass(rows, index, count, prompt)
+        k, v, mass = self._set_apart(index, self.tail.k[index, :, :end], self.tail.v[index, :, :end], mass)
         k, v = k.float(), v.float()
+        self._find_basis(index, k, v, mass)
         basis = tuple({name: t[index] for name, t in half.items()} for half in self.basis)
         salient = round(quant.salience.share * n) if quant.salience is not None and mass is not None else 0
-        if not started:
-            for b in rows:
-                self.start_tiles[b] = n - salient
+        for b in rows:
+            self.start_tiles[b] = n - salient
         if salient and self.salient is not None and mass is not None:
             chosen = salient * quant.tile
             order = mass.argsort(dim=-1, descending=True, stable=True)
@@ -182,7 +236,38 @@ class PackedStore(Store):
             k, v, mass = k[:, :, chosen:], v[:, :, chosen:], mass[..., chosen:]
         if k.shape[2]:  # all tiles of a short prompt may be salient
             self.bank.append(rows, self._tiles(self.layout, k, v, basis, mass))
-        self.tail.drop_front(rows, end, quant.residual + quant.tile)
+        self._started([n if b in rows else 0 for b in range(len(self.started))])
+
+    def _start_together(self, tiles: list[int], prompt: Prompt | None) -> None:
+        """With kernels, for all sequences at once, each with its own number of tiles."""
+        from ..ops import triton_prompt
+
+        quant, device = self.quant, self.tail.k.device
+        whole = quant.sink + quant.heavy
+        self._check_finite()
+        self.bank.reserve(max(tiles))
+        recent = self.recent
+        begin = triton_prompt.Begin(
+            self.tail.k, self.tail.v, [c if n else 0 for c, n in zip(self.tail.count, tiles, strict=True)], tiles, quant.sink, quant.heavy,
+            queries=recent.q if recent and quant.needs_mass else None, weight=recent.weight if recent and quant.needs_mass else None,
+            scale=prompt.scale if prompt else 1.0, energy=recent.energy(slice(None)) if recent else None,
+        )  # fmt: skip
+        positions, found = triton_prompt.start(begin, self.codecs, self.bank.tiles, self.layout, self.status)
+        self._check_status()
+        self.first.reserve(whole)
+        first = torch.arange(quant.sink, device=device).expand(*positions.shape[:2], -1)
+        place = torch.cat([first, positions.long()], -1)[..., None]
+        index = torch.tensor([b for b, n in enumerate(tiles) if n], device=device)
+        for buffer, x in ((self.first.k, self.tail.k), (self.first.v, self.tail.v)):
+            buffer[index, :, :whole] = x.gather(2, place.expand(-1, -1, -1, x.shape[3]))[index]
+        self.positions[index] = positions[index]
+        for half, basis in zip(self.basis, found, strict=True):
+            self._keep_basis(half, index, {name: t[index] for name, t in basis.items()})
+        for b, n in enumerate(tiles):
+            if n:
+                self.start_tiles[b] = n
+        self._count_packed(tiles)
+        self._started(tiles)
 
     @staticmethod
     def _tiles(layout: TileLayout, k: Tensor, v: Tensor, basis: tuple[Basis, ...], mass: Tensor | None) -> Tensor:
@@ -201,9 +286,7 @@ class PackedStore(Store):
             return None
         return self.recent.attention_mass(index, self.tail.k[index, :, :count], prompt.scale)
 
-    def _set_apart(
-        self, rows: list[int], index: slice | Tensor, k: Tensor, v: Tensor, mass: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _set_apart(self, index: slice | Tensor, k: Tensor, v: Tensor, mass: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Move sink and heavy tokens to the whole ones; returns what is left to pack, in order."""
         sink, heavy, end = self.quant.sink, self.quant.heavy, k.shape[2]
         if not sink + heavy:
@@ -229,20 +312,32 @@ class PackedStore(Store):
     def _find_basis(self, index: slice | Tensor, k: Tensor, v: Tensor, mass: Tensor | None) -> None:
         energy = torch.ones_like(k[:, :, 0]) if self.recent is None else self.recent.energy(index)
         for half, codec, x in zip(self.basis, self.codecs, (k, v), strict=True):
-            for name, t in codec.find_basis(x, energy, codec.weights(mass)).items():
-                if name not in half:
-                    half[name] = t.new_zeros(len(self.started), *t.shape[1:])
-                half[name][index] = t
+            self._keep_basis(half, index, codec.find_basis(x, energy, codec.weights(mass)))
 
-    def _check_finite(self, x: Tensor, what: str) -> None:
-        largest = x.abs().max().item()
+    def _keep_basis(self, half: Basis, index: slice | Tensor, found: Basis) -> None:
+        for name, t in found.items():
+            if name not in half:
+                half[name] = t.new_zeros(len(self.started), *t.shape[1:])
+            half[name][index] = t
+
+    def _check_finite(self) -> None:
+        """Look through the whole tail, unused places included: they hold zeros or tokens that were checked before."""
         limit = LIMITS[self.quant.metadata]
-        if not largest <= limit:
-            raise NotFiniteError(
-                f"The {what} of KV heads {self.kv_heads} hold {largest} (largest magnitude); quantization needs finite numbers"
-                f" of at most {limit:.0f}. Look for an overflow in the model (float16 weights? "
-                "try bfloat16) or keep these heads whole in the plan."
-            )
+        for what, x in (("keys", self.tail.k), ("values", self.tail.v)):
+            low, high = torch.stack(torch.aminmax(x)).tolist()
+            if not -limit <= low <= high <= limit:
+                raise NotFiniteError(
+                    f"The {what} of KV heads {self.kv_heads} hold {low} to {high}; quantization needs finite numbers of magnitude at most"
+                    f" {limit:.0f}. Look for an overflow in the model (float16 weights? try bfloat16) or keep these heads whole in the plan."
+                )
+
+    def _check_status(self) -> None:
+        """Raise NotFiniteError where the kernels met a step or centre that cannot be stored."""
+        largest = self.status.view(torch.float32).item()
+        if not largest <= LIMITS[self.quant.metadata]:
+            self.status.zero_()
+            self._check_finite()
+            raise unstorable(largest, self.quant.metadata)
 
     def check_crop(self, remove: list[int]) -> None:
         """See Store.check_crop. Impossible into a prompt whose salient tokens were sorted when it was packed."""
@@ -309,7 +404,7 @@ class PackedStore(Store):
         """See Store.heads."""
         extra: tuple[HeadSet, ...] = ()
         if self.salient is not None and any(self.salient.count):
-            lengths = torch.zeros_like(self.lengths)
+            lengths = torch.zeros_like(self.counts[:3])
             lengths[1] = torch.tensor(self.salient.count, dtype=torch.int32)
             empty = self.tail.k[:, :, :0], self.tail.v[:, :, :0]
             extra = (HeadSet(self.kv_heads, *empty, lengths, None, None, self.salient.tiles, self.salient.layout, *self.basis),)

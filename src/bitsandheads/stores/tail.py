@@ -87,27 +87,23 @@ class Tail:
             self.v[b, :, c : c + a] = v[b, :, keep]
             self.count[b] = c + a
 
-    def drop_front(self, rows: list[int], tokens: int, capacity: int) -> None:
-        """Forget the oldest `tokens` tokens of these sequences, then fall back to `capacity` if the buffer is far larger."""
-        everyone = len(rows) == len(self.count)
-        left = max(self.count[b] - tokens for b in rows)
-        if self.borrowed and not everyone:
-            self.resize(max(self.count))
-        if everyone and (self.borrowed or self.k.shape[2] > 2 * max(capacity, left)):
-            room = max(capacity, left)
+    def drop_front(self, tokens: list[int], capacity: int) -> None:
+        """Forget the oldest tokens[b] tokens of each sequence. What is left of a borrowed buffer is copied to one of at least `capacity`."""
+        left = [c - t for c, t in zip(self.count, tokens, strict=True)]
+        source = self.k, self.v
+        if self.borrowed:
+            self.k, self.v = (x.new_zeros(*x.shape[:2], max(capacity, *left), x.shape[3]) for x in source)
+        for old, new in zip(source, (self.k, self.v), strict=True):
+            for b, (t, n) in enumerate(zip(tokens, left, strict=True)):
+                if t or self.borrowed:
+                    new[b, :, :n] = old[b, :, t : t + n].clone()
+        self.count, self.borrowed = left, False
 
-            def move(old: Tensor) -> Tensor:
-                new = old.new_zeros(*old.shape[:2], room, old.shape[3])
-                new[:, :, :left] = old[:, :, tokens : tokens + left]
-                return new
-
-            self.k, self.v, self.borrowed = move(self.k), move(self.v), False
-        else:
-            index = slice(None) if everyone else torch.tensor(rows, device=self.k.device)
-            for buffer in (self.k, self.v):
-                buffer[index, :, :left] = buffer[index, :, tokens : tokens + left].clone()
-        for b in rows:
-            self.count[b] -= tokens
+    def trim(self, capacity: int) -> None:
+        """Fall back to `capacity`, or what is in use, if the buffer is far larger."""
+        capacity = max(capacity, *self.count)
+        if not self.borrowed and self.k.shape[2] > 2 * capacity:
+            self.resize(capacity)
 
     def put_front(self, b: int, k: Tensor, v: Tensor) -> None:
         """Insert tokens [h, n, D] before the oldest token of sequence b."""

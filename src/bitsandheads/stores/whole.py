@@ -3,14 +3,14 @@
 from torch import Tensor
 
 from ..ops.heads import HeadSet
-from .base import Memory, Prompt, Store
+from .base import NEVER, Memory, Prompt, Store
 
 
 class WholeStore(Store):
     """All tokens whole. With keep_padding, padding tokens are stored too, as transformers' own cache does."""
 
-    def __init__(self, kv_heads: tuple[int, ...], k: Tensor, v: Tensor, keep_padding: bool = False) -> None:
-        super().__init__(kv_heads, k, v)
+    def __init__(self, kv_heads: tuple[int, ...], k: Tensor, v: Tensor, backend: str, keep_padding: bool = False) -> None:
+        super().__init__(kv_heads, k, v, backend)
         self.keep_padding = keep_padding
 
     def append(self, k: Tensor, v: Tensor, valid: Tensor | None) -> None:
@@ -18,9 +18,9 @@ class WholeStore(Store):
         self.tail.append(k, v, None if self.keep_padding else valid)
         self._sync()
 
-    def _sync(self) -> None:
+    def _host_counts(self) -> list[list[int]]:
         zeros = [0] * len(self.tail.count)
-        self._sync_lengths(zeros, zeros)
+        return [zeros, zeros, self.tail.count, [NEVER] * len(zeros)]
 
     def compress(self, prompt: Prompt | None) -> None:
         """Nothing to pack; only stop sharing memory with the caller's tensors."""

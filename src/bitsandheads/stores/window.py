@@ -14,12 +14,18 @@ ROLLBACK = 16  # tokens beyond the window that are kept so that `crop` (assisted
 class WindowStore(Store):
     """sink + recent tokens in fixed memory: recent + ROLLBACK to recent + 2 ROLLBACK tokens of the tail are held."""
 
-    def __init__(self, kv_heads: tuple[int, ...], k: Tensor, v: Tensor, sink: int, recent: int) -> None:
-        super().__init__(kv_heads, k, v)
+    def __init__(self, kv_heads: tuple[int, ...], k: Tensor, v: Tensor, sink: int, recent: int, backend: str) -> None:
+        super().__init__(kv_heads, k, v, backend)
         self.sink, self.recent = sink, recent
         self.first = Tail(k, v)
         self.dropped = [0] * k.shape[0]
         self.fresh = True
+        self.leave = -(recent + ROLLBACK)
+
+    @property
+    def steady(self) -> bool:
+        """See Store.steady. Not while the sink is filled."""
+        return super().steady and not self.fresh and min(self.first.count) == self.sink
 
     def append(self, k: Tensor, v: Tensor, valid: Tensor | None) -> None:
         """See Store.append. The first real tokens go to the sink, the others to the tail.
@@ -52,19 +58,23 @@ class WindowStore(Store):
             self.dropped[b] += n
         return start
 
-    def _sync(self) -> None:
-        self._sync_lengths(self.first.count, [0] * len(self.first.count))
+    def _host_counts(self) -> list[list[int]]:
+        batch = len(self.tail.count)
+        return [self.first.count, [0] * batch, self.tail.count, [self._limit] * batch]
+
+    @property
+    def _limit(self) -> int:
+        return self.recent + 2 * ROLLBACK
 
     def compress(self, prompt: Prompt | None) -> None:
         """Drop what no later query can see, once it is worth a move."""
-        keep = self.recent + ROLLBACK
-        for count in sorted({c for c in self.tail.count if c >= keep + ROLLBACK}):
-            rows = [r for r, c in enumerate(self.tail.count) if c == count]
-            self.tail.drop_front(rows, count - keep, keep + ROLLBACK)
-            for r in rows:
-                self.dropped[r] += count - keep
+        keep, before = self.recent + ROLLBACK, self.tail.count
+        if max(before) >= self._limit:
+            self._let_oldest_leave()
+            self.tail.count = [keep if c >= self._limit else c for c in before]
+            self.dropped = [d + c - left for d, c, left in zip(self.dropped, before, self.tail.count, strict=True)]
+            self.tail.trim(self._limit)
         self.tail.own()
-        self._sync()
 
     def check_crop(self, remove: list[int]) -> None:
         """See Store.check_crop. Impossible once tokens of the window before the crop have been dropped."""
