@@ -94,6 +94,6 @@ def parse(text: str, get_plan: Callable[[str], CachePlan], model: Any = None) ->
     if model is not None:
         scores.check(model)
     window = Window(int(found["sink"]), int(found["recent"])) if found["sink"] else DEFAULT
-    bits = found["bits"]
-    name = _name("" if bits is None else bits, Path(found["scores"]).stem, sparsity, window)
-    return rlkv(scores, sparsity, window, name) if bits is None else compose(get_plan(bits), scores, sparsity, window, name)
+    bits = None if found["bits"] is None else get_plan(found["bits"])
+    name = _name("" if bits is None else bits.name, Path(found["scores"]).stem, sparsity, window)
+    return rlkv(scores, sparsity, window, name) if bits is None else compose(bits, scores, sparsity, window, name)

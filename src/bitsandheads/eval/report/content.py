@@ -163,7 +163,7 @@ def fidelity(sources: Sources) -> Section:
     columns = ("model", "context", "plan", "bits", "bits at 32k", "KL", "95%", "top-1", "perplexity", "tokens")
     formats = {"bits": ".2f", "bits at 32k": ".2f", "KL": ".4f", "top-1": ".1%", "perplexity": ".2f", "context": "d"}
     note = "Teacher-forced text through the real cache. KL and top-1 compare the next-token distribution with full precision's; block-bootstrap intervals."
-    tables = (Table("Fidelity on long text", note, columns, tuple(cells), formats),) if cells else ()
+    tables = (Table("Fidelity on long text", "", columns, tuple(cells), formats),) if cells else ()
     return Section("fidelity", "Fidelity on long text", note, tuple(figures), tables)
 
 
@@ -287,7 +287,7 @@ def speed(sources: Sources) -> Section:
     tables: list[Table] = []
     for file in sources.speed:
         for (model, batch), rows in grouped(file.rows, ["model", "batch"]).items():
-            packed = [r for r in rows if r["plan"] != BASE]
+            packed = [r for r in rows if r["plan"] != BASE and r["speedup"] is not None]
             series = []
             for i, ((plan, backend), mine) in enumerate(grouped(packed, ["plan", "backend"]).items()):
                 points = []

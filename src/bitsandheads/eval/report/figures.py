@@ -162,11 +162,10 @@ def ticks(low: float, high: float, log: bool, most: int = 6) -> list[float]:
         for steps in ((1, 2, 5), (1, 3), (1,)):
             found = [s * 10.0**e for e in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1) for s in steps]
             found = [t for t in found if low <= t <= high]
-            if len(found) <= most:
-                break
-        else:
-            found = found[:: -(-len(found) // most)]
-        return found if len(found) > 1 else [low, high]
+            if 3 <= len(found) <= most:
+                return found
+        if len(found) > most:
+            return found[:: -(-len(found) // most)]
     rough = (high - low) / most
     size = 10.0 ** math.floor(math.log10(rough))
     step = next(s * size for s in (1, 2, 2.5, 5, 10) if s * size >= rough)

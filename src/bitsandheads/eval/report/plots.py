@@ -38,7 +38,9 @@ def _chart(axes: Any, c: Chart) -> None:
         )
     _axis(axes, "x", c.x)
     _axis(axes, "y", c.y)
-    if len(c.series) > 1:
+    if len(c.series) > 6:
+        axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    elif len(c.series) > 1:
         axes.legend(fontsize=7)
 
 
@@ -58,6 +60,11 @@ def _grid(axes: Any, g: Grid) -> None:
     axes.set_yticks(range(len(g.rows)), g.rows)
     axes.set_xlabel(g.column_name)
     axes.set_ylabel(g.row_name)
+    middle = (g.low + g.high) / 2
+    for i, row in enumerate(g.values if g.percent else ()):
+        for j, value in enumerate(row):
+            if value is not None:
+                axes.text(j, i, g.text(value), ha="center", va="center", fontsize=7, color="white" if value > middle else "black")
     for i, row in enumerate(g.marked):
         for j, marked in enumerate(row):
             if marked:

@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from .figures import Axis, Bars, Chart, Figure, Grid, Point, bounds, ticks
 
 WIDTH, HEIGHT = 440, 300
-LEFT, RIGHT, TOP, BOTTOM = 52, 12, 12, 40
+LEFT, RIGHT, TOP, BOTTOM = 62, 12, 12, 40
 COLORS = 8  # of the palette in page.css
+LETTER = 6.8  # room for a letter of a label, also in the larger type of narrow screens
 Scale = Callable[[float], float]
 
 
@@ -79,7 +80,7 @@ def _labels(points: Sequence[tuple[float, float, str]], marks: Sequence[tuple[fl
     taken: list[tuple[float, float, float, float]] = []
     out = []
     for x, y, label in points:
-        wide = 6.1 * len(label)
+        wide = LETTER * len(label)
         best = None
         for dx, dy, anchor in ((8, 4, "start"), (-8, 4, "end"), (0, -9, "middle"), (0, 17, "middle"), (8, -8, "start"), (-8, 15, "end")):
             left = x + dx - {"start": 0, "end": wide, "middle": wide / 2}[anchor]
@@ -128,7 +129,7 @@ def chart(c: Chart) -> str:
 
 def bars(b: Bars) -> str:
     """Horizontal bars with intervals; the value stands at the end."""
-    left, row = 12 + 6.2 * max(len(x.name) for x in b.bars), 20
+    left, row = 12 + LETTER * max(len(x.name) for x in b.bars), 20
     height = TOP + row * len(b.bars) + BOTTOM
     ends = [0.0, *(v for x in b.bars for v in (x.value, x.high) if v is not None)]
     low, high = bounds(b.axis, ends)
@@ -167,7 +168,7 @@ def bars(b: Bars) -> str:
 
 def grid(g: Grid) -> str:
     """Cells whose colour runs from --low to --high; the number stands within where there is room."""
-    left = 20 + 6.2 * max(len(r) for r in g.rows)
+    left = (32 if g.row_name else 14) + LETTER * max(len(r) for r in g.rows)
     wide = (WIDTH - left - RIGHT) / len(g.columns)
     tall = min(24.0, max(wide, 14.0))
     height = TOP + tall * len(g.rows) + BOTTOM
