@@ -202,6 +202,25 @@ def test_turns_equal_one_conversation_with_dynamic_cache(clip: tuple[Path, torch
     assert torch.equal(alone, ids)
 
 
+def test_packed_question_reads_the_clip_through_the_cache(clip: tuple[Path, torch.Tensor]) -> None:
+    """The first new token then depends on the plan; read as one, it is full precision's."""
+    coarse = bh.TensorQuant((bh.AxisClass(1, 1.0, "sign"),))
+    quant = bh.KVQuant(coarse, coarse, group_size=16, tile=16, residual=0, sink=0, basis_tokens=16)
+    logits = {}
+    for packed in (False, True):
+        for plan in (bh.CachePlan("coarse", (bh.HeadGroup(quant=quant),)), "bf16"):
+            asked = session(plan)
+            asked.cache = bh.CompressedCache(plan, asked.model)
+            seen = []
+            asked.model.lm_head.register_forward_hook(lambda m, i, o, seen=seen: seen.append(o[0, -1]))
+            answer = asked.ask("w10 w11", [clip[1]] * 3, frames=23, max_new_tokens=1, packed_question=packed)
+            assert answer.prompt_tokens == 3 * 24 + 4 and answer.new_tokens == 1 and answer.visual_tokens == 72
+            logits[packed, asked.cache.plan.name] = seen[-1]
+    assert torch.equal(logits[False, "coarse"], logits[False, "bf16"])
+    torch.testing.assert_close(logits[True, "bf16"], logits[False, "bf16"], atol=1e-4, rtol=1e-4)
+    assert (logits[True, "coarse"] - logits[True, "bf16"]).norm() > 0.02 * logits[True, "bf16"].norm()
+
+
 def test_text_model_with_turns() -> None:
     model = tm.make("llama")
     words = tokenizer(SPECIAL)
@@ -273,16 +292,17 @@ def own_processor(name: str):
 @needs_torchvision
 @pytest.mark.parametrize("name", tm.VISION)
 @pytest.mark.parametrize("plan", ["bf16", "vidkv-1.5/1.66-stp"])
-def test_session_with_the_models_own_processor(name: str, plan: str, clip: tuple[Path, torch.Tensor]) -> None:
+@pytest.mark.parametrize("packed", [False, True])
+def test_session_with_the_models_own_processor(name: str, plan: str, packed: bool, clip: tuple[Path, torch.Tensor]) -> None:
     from PIL import Image
 
     model = tm.make(name)
     model.generation_config.suppress_tokens = list(SPECIAL)
     asked = video.Session(model, own_processor(name), plan)
     still = Image.new("RGB", (56, 56), (200, 30, 60))
-    first = asked.ask("w10 w11", [clip[0], clip[0]], [still], frames=8, reader="pyav", max_new_tokens=3)
+    first = asked.ask("w10 w11", [clip[0], clip[0]], [still], frames=8, reader="pyav", max_new_tokens=3, packed_question=packed)
     assert first.frames == 16 and first.images == 1 and first.visual_tokens >= 12
-    second = asked.ask("w12 w13", max_new_tokens=3)
+    second = asked.ask("w12 w13", max_new_tokens=3, packed_question=True)
     assert second.visual_tokens == 0 and second.cache_tokens == asked.ids.shape[1] - 1
 
 

@@ -34,7 +34,14 @@ LONGEST = 1 << 30  # tokens; nothing longer is looked for
 
 @dataclass(frozen=True)
 class Capacity:
-    """What fits. weight_bytes: of the model. tokens, frames: read in one pass; held_tokens, held_frames: held while generating. frames: None for a text model."""
+    """What fits.
+
+    Attributes:
+        weight_bytes: of the model.
+        tokens, frames: of a prompt read in one pass; frames is None for a text model.
+        held_tokens, held_frames: held while generating.
+        cache_bytes, bits_per_element: of the cache with `tokens` tokens.
+    """
 
     plan: str
     weight_bytes: int

@@ -288,12 +288,17 @@ class Session:
         frames: int = FRAMES,
         reader: str = "auto",
         max_new_tokens: int = 128,
+        packed_question: bool = False,
+        **settings: Any,
     ) -> Answer:
-        """The model's greedy answer; the cache keeps the turn.
+        """The model's answer, greedy unless the settings say otherwise; the cache keeps the turn.
 
         Args:
             videos: files, clips, or frames uint8 [T, 3, H, W]. images: files or PIL images.
             frames, reader: see `read_video`.
+            packed_question: read and pack everything up to the last visual token first, so that the question, too, sees the clip only
+                through the packed cache. Otherwise the prompt is read as one, and an answer of one token never meets packed tokens.
+            settings: of `model.generate`, such as do_sample and temperature.
         Raises:
             PlanError: videos or images after the first turn, or for a text model.
             VideoFileError, VideoReaderError: see `read_video`.
@@ -303,19 +308,20 @@ class Session:
             raise PlanError(f"Videos and images belong to the first turn of a model that can see; {why}.")
         clips = [_clip(v, frames, reader) for v in videos]
         pictures = [read_image(i) if isinstance(i, str | Path) else i for i in images]
-        inputs = self._inputs(prompt, clips, pictures)
+        inputs = self.prepare(prompt, clips, pictures)
         known = 0 if self.ids is None else self.ids.shape[1]
         length = inputs["input_ids"].shape[1]
         watch = _Watch()
         started = time.perf_counter()
         with enabled(self.model):
+            if packed_question:
+                inputs = self._pack_first(inputs)
             out = self.model.generate(
                 **inputs,
+                **({"do_sample": False, "pad_token_id": self._pad()} | settings),
                 past_key_values=self.cache,
-                do_sample=False,
                 max_new_tokens=max_new_tokens,
                 streamer=watch,
-                pad_token_id=self._pad(),
             )
         self.ids = out.cpu()
         new = self.ids[0, length:]
@@ -329,7 +335,7 @@ class Session:
             plan=self.cache.plan.name,
             frames=sum(len(c.frames) for c in clips),
             images=len(pictures),
-            visual_tokens=self._visual(inputs["input_ids"][:, known:]),
+            visual_tokens=int(self._visual_mask(inputs["input_ids"][:, known:]).sum()),
             prompt_tokens=length - known,
             new_tokens=len(new),
             cache_tokens=tokens,
@@ -341,6 +347,17 @@ class Session:
             notes=tuple(f"{c.reader}: {c.note}" for c in clips if c.note),
         )
 
+    @torch.no_grad()
+    def _pack_first(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Give the model everything up to the last visual token; returns what is left for `generate`."""
+        ids = inputs["input_ids"]
+        places = self._visual_mask(ids)[0].nonzero()
+        cut = int(places[-1]) + 1 if len(places) else 0
+        if cut > self.cache.get_seq_length():
+            first = {k: v[:, :cut] if v.ndim == 2 and v.shape[1] == ids.shape[1] else v for k, v in inputs.items()}
+            self.model(**first, past_key_values=self.cache)
+        return {k: v for k, v in inputs.items() if not k.startswith("pixel_values")}
+
     @property
     def sees(self) -> bool:
         """Whether the model takes images or videos."""
@@ -349,12 +366,12 @@ class Session:
     def _pad(self) -> int | None:
         return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
 
-    def _visual(self, ids: Tensor) -> int:
+    def _visual_mask(self, ids: Tensor) -> Tensor:
         kinds = [getattr(self.model.config, f"{kind}_token_id", None) for kind in ("image", "video")]
-        return sum(int((ids == k).sum()) for k in kinds if k is not None)
+        return torch.isin(ids, torch.tensor([k for k in kinds if k is not None], dtype=ids.dtype, device=ids.device))
 
-    def _inputs(self, prompt: str, clips: list[Clip], pictures: list[Any]) -> dict[str, Tensor]:
-        """The arguments of `generate`: the ids of all turns, and the pixels of this one."""
+    def prepare(self, prompt: str, clips: Sequence[Clip] = (), pictures: Sequence[Any] = ()) -> dict[str, Tensor]:
+        """Begin a turn: the arguments of the model, with the ids of all turns and the pixels of this one."""
         content: Any = [{"type": "video"} for _ in clips] + [{"type": "image"} for _ in pictures] + [{"type": "text", "text": prompt}]
         self.messages.append({"role": "user", "content": content if self.sees else prompt})
         whole = self.processor.apply_chat_template(self.messages, add_generation_prompt=True, tokenize=False)
@@ -369,12 +386,12 @@ class Session:
         device, dtype = self.model.device, self.model.dtype
         return {k: v.to(device, dtype if v.is_floating_point() else None) for k, v in inputs.items() if isinstance(v, Tensor)}
 
-    def _process(self, text: str, clips: list[Clip], pictures: list[Any]) -> Any:
+    def _process(self, text: str, clips: Sequence[Clip], pictures: Sequence[Any]) -> Any:
         if not self.sees:
             return self.tokenizer(text, add_special_tokens=False, return_tensors="pt")
         media: dict[str, Any] = {}
         if pictures:
-            media["images"] = pictures
+            media["images"] = list(pictures)
         if clips:
             media["videos"] = [c.frames for c in clips]
             media["videos_kwargs"] = {"do_sample_frames": False, "video_metadata": [c.metadata() for c in clips]}

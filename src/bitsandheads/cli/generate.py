@@ -17,6 +17,7 @@ def generate(
     plan: Annotated[str, typer.Option(help="Preset or plan file.")] = "balanced",
     frames: Annotated[int, typer.Option(min=1, help="Frames of each video, spread evenly over it.")] = 32,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer, at most.")] = 128,
+    packed_question: Annotated[bool, typer.Option(help="Pack the clip before the question is read, so that it is seen packed only.")] = False,
     reader: Annotated[str, typer.Option(help='"auto", "torchcodec" or "pyav".')] = "auto",
     backend: Annotated[str, typer.Option(help='"auto", "reference", "triton" or "cuda".')] = "auto",
     device: Annotated[str | None, typer.Option(help="Default: cuda if there is one, else cpu.")] = None,
@@ -37,7 +38,8 @@ def generate(
     answers = []
     for turn, question in enumerate(prompt):
         with console.status("reading and answering"):
-            answer = session.ask(question, clips if not turn else (), (image or ()) if not turn else (), max_new_tokens=max_new_tokens)
+            media = (clips, image or ()) if not turn else ((), ())
+            answer = session.ask(question, *media, max_new_tokens=max_new_tokens, packed_question=packed_question)
         answers.append(answer)
         if len(prompt) > 1:
             console.print(f"[dim]{question}[/dim]", highlight=False)
