@@ -11,7 +11,7 @@
 set -euo pipefail
 
 out=${1:?give a folder for the results}
-tasks=${TASKS:-video_detail_description tempcompass_captioning videochatgpt moviechat_global worldqa_generation vatex_test}
+tasks=${TASKS:-video_dc499 tempcompass_captioning videochatgpt moviechat_global worldqa_gen vatex_test}
 plans=${PLANS:-bf16 kivi-2 vidkv-2/2 vidkv-1.5/2 vidkv-1.5/1.58 vidkv-1.5/1.66-stp vidkv-1.5/1.66 vidkv-1.25/1.58 balanced extreme}
 models=${MODELS:-llava-hf/llava-onevision-qwen2-7b-ov-hf:32 Qwen/Qwen2.5-VL-7B-Instruct:16}
 
