@@ -4,7 +4,6 @@
 D head_dim, S places that are left out.
 """
 
-from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -18,12 +17,16 @@ from .backends import resolve_packing, say_once
 Which = Literal["keys", "values"]
 Description = tuple[TileLayout, Which, tuple[str, ...]]
 _DESCRIPTIONS: list[Description] = []
+_NUMBERS: dict[Description, int] = {}
 
 
-@lru_cache(maxsize=1024)
-def _number(description: Description) -> int:
-    _DESCRIPTIONS.append(description)
-    return len(_DESCRIPTIONS) - 1
+@torch.compiler.assume_constant_result  # a compiled step must find the description registered when it runs
+def _number(layout: TileLayout, which: Which, names: tuple[str, ...]) -> int:
+    description = (layout, which, names)
+    if description not in _NUMBERS:
+        _NUMBERS[description] = len(_DESCRIPTIONS)
+        _DESCRIPTIONS.append(description)
+    return _NUMBERS[description]
 
 
 def packing_backend(x: Tensor, backend: str) -> str:
@@ -66,7 +69,7 @@ def pack(
         NotFiniteError: the reference met a step or centre that cannot be stored.
         BackendError: a backend was named that cannot run here or does not cover these tokens.
     """
-    number = _number((layout, which, tuple(basis)))
+    number = _number(layout, which, tuple(basis))
     torch.ops.bitsandheads.pack(x, tiles, jobs, most, due, number, list(basis.values()), skip, weight, status, backend)
 
 
@@ -97,8 +100,8 @@ def _(
 def source_places(first: int, tokens: int, skip: Tensor | None, like: Tensor) -> Tensor:
     """Places int64 [B, h, tokens] of the tokens that are packed, for places `skip` that are left out."""
     place = torch.arange(first, first + tokens, device=like.device).expand(*like.shape[:2], tokens)
-    for j in range(0 if skip is None else skip.shape[2]):
-        place = place + (place >= skip[:, :, j : j + 1])
+    for left_out in () if skip is None else skip.split(1, -1):
+        place = place + (place >= left_out)
     return place
 
 

@@ -25,7 +25,8 @@ def _operand(x: Tensor) -> triton.language.dtype:
     return triton.language.bfloat16 if x.dtype == torch.bfloat16 else triton.language.float16
 
 
-def _padded(dim: int) -> int:
+def padded(dim: int) -> int:
+    """DP: the next power of two, at least 16."""
     return max(16, triton.next_power_of_2(dim))
 
 
@@ -43,7 +44,7 @@ def attention_mass(q: Tensor, weight: Tensor, k: Tensor, counts: Tensor, longest
     q, rows = q.contiguous(), group * n
     blocks, bh = triton.cdiv(rows, BLOCK), batch * heads
     splits = max(1, min(triton.cdiv(longest, BLOCK), 2 * multiprocessors(q.device) // (blocks * bh)))
-    sizes = {"D": dim, "DP": _padded(dim), "R": rows, "N": n, "BLOCK": BLOCK, "DOT": _operand(q)}
+    sizes = {"D": dim, "DP": padded(dim), "R": rows, "N": n, "BLOCK": BLOCK, "DOT": _operand(q)}
     most, sums = torch.empty(2, bh, splits, rows, device=q.device)
     kernels.query_sums[(blocks, splits, bh)](q, k, counts, most, sums, *k.stride()[:3], heads, scale * LOG2E, **sizes, num_warps=8)
     lse = torch.logsumexp((most + sums.log2()) / LOG2E, 1) * LOG2E
@@ -67,7 +68,7 @@ def moments(x: Tensor, weight: Tensor | None, skip: Tensor | None, jobs: Tensor,
     """Sums over the tokens that are packed (`jobs`, `skip` as in ops.pack): float32 [B, h, D] of w x, and [B, h, D, D] of w d d^T, where d is
     the deviation from the mean of the token's group."""
     batch, heads, _, dim = x.shape
-    dp, workers = _padded(dim), _workers(x, most, 1)
+    dp, workers = padded(dim), _workers(x, most, 1)
     totals = torch.empty(batch, heads, workers, dp, device=x.device)
     grams = torch.empty(batch, heads, workers, dp, dp, device=x.device)
     kernels.moments[(workers, batch * heads)](
@@ -83,7 +84,7 @@ def refit_sums(
 ) -> tuple[Tensor, Tensor]:
     """Sums of w y' y'^T and w y' (x - mean)^T, float32 [B, h, D, D], for the restored axes `kept` bfloat16 [B, h, tiles, DP, tile]."""
     batch, heads, _, dim = x.shape
-    dp, workers = _padded(dim), _workers(x, most, 1)
+    dp, workers = padded(dim), _workers(x, most, 1)
     grams, crosses = torch.empty(2, batch, heads, workers, dp, dp, device=x.device)
     kernels.refit_sums[(workers, batch * heads)](
         x, kept, mean, x if weight is None else weight, x if skip is None else skip, jobs, grams, crosses, *x.stride()[:3],
@@ -239,7 +240,7 @@ def _pack_and_refit(
 ) -> None:
     """Pack, and finish the basis with what the codes restore to. The codes do not depend on the map back, so one pass is enough."""
     half = codec.layout
-    shape = (*x.shape[:2], job.most, _padded(half.head_dim))
+    shape = (*x.shape[:2], job.most, padded(half.head_dim))
     kept = torch.empty(*shape, half.tokens, dtype=torch.bfloat16, device=x.device)
     error = torch.zeros(shape, device=x.device)
     base = 0 if which == "keys" else layout.keys.nbytes

@@ -8,6 +8,7 @@ from torch import Tensor
 from ..errors import CacheStateError, NotFiniteError
 from ..ops.heads import HeadSet
 from ..ops.pack import Which, pack, packing_backend
+from ..ops.step import Held, Ring
 from ..quant.codec import Basis, HalfCodec
 from ..quant.metadata import LIMITS, unstorable
 from ..quant.spec import KVQuant
@@ -34,6 +35,14 @@ class Bank:
             grown = self.tiles.new_zeros(*self.tiles.shape[:2], capacity, self.tiles.shape[3])
             grown[:, :, : self.tiles.shape[2]] = self.tiles
             self.tiles = grown
+
+    def fix(self, tiles: int) -> None:
+        """Move to a buffer of exactly this many tiles, unless it is there already."""
+        if tiles != self.tiles.shape[2]:
+            used = max(self.count)
+            fixed = self.tiles.new_zeros(*self.tiles.shape[:2], tiles, self.tiles.shape[3])
+            fixed[:, :, :used] = self.tiles[:, :, :used]
+            self.tiles = fixed
 
     def append(self, rows: list[int], new: Tensor) -> None:
         """Add tiles [rows, h, n, bytes] to sequences that all have the same count."""
@@ -113,6 +122,8 @@ class PackedStore(Store):
         self.positions = torch.zeros(batch, heads, quant.heavy, dtype=torch.int32, device=k.device)
         self.start_tiles = [0] * batch
         self.leave = quant.tile
+        self.ring: Ring | None = None
+        self.query_group = 0
         self.status = torch.zeros(1, dtype=torch.int32, device=k.device)
 
     def append(self, k: Tensor, v: Tensor, valid: Tensor | None) -> None:
@@ -153,6 +164,7 @@ class PackedStore(Store):
         if prompt is None or not self.quant.needs_queries or all(self.started):
             return
         q, w = prompt.queries.to(self.tail.k.dtype), prompt.weight
+        self.query_group = q.shape[2]
         if self.recent is not None:
             q, w = torch.cat([self.recent.q, q], 3), torch.cat([self.recent.weight, w], 1)
         order = w.bool().int().argsort(dim=1, stable=True)[:, -RECENT_QUERIES:]  # padding first: the last queries belong to the last keys
@@ -321,10 +333,10 @@ class PackedStore(Store):
             half[name][index] = t
 
     def _check_finite(self) -> None:
-        """Look through the whole tail, unused places included: they hold zeros or tokens that were checked before."""
-        limit = LIMITS[self.quant.metadata]
+        """Raise NotFiniteError where the tail holds what cannot be quantized."""
+        limit, used = LIMITS[self.quant.metadata], max(self.tail.count)
         for what, x in (("keys", self.tail.k), ("values", self.tail.v)):
-            low, high = torch.stack(torch.aminmax(x)).tolist()
+            low, high = torch.stack(torch.aminmax(x[:, :, :used])).tolist()
             if not -limit <= low <= high <= limit:
                 raise NotFiniteError(
                     f"The {what} of KV heads {self.kv_heads} hold {low} to {high}; quantization needs finite numbers of magnitude at most"
@@ -402,16 +414,73 @@ class PackedStore(Store):
 
     def heads(self) -> HeadSet:
         """See Store.heads."""
+        return self._view(any(self.bank.count), self.salient is not None and any(self.salient.count))
+
+    def _view(self, tiles: bool, salient: bool) -> HeadSet:
         extra: tuple[HeadSet, ...] = ()
-        if self.salient is not None and any(self.salient.count):
+        if salient and self.salient is not None:
             lengths = torch.zeros_like(self.counts[:3])
             lengths[1] = torch.tensor(self.salient.count, dtype=torch.int32)
-            empty = self.tail.k[:, :, :0], self.tail.v[:, :, :0]
-            extra = (HeadSet(self.kv_heads, *empty, lengths, None, None, self.salient.tiles, self.salient.layout, *self.basis),)
-        tiles = self.bank.tiles if any(self.bank.count) else None
+            empty = self.tail.k.new_empty(*self.tail.k.shape[:2], 0, self.tail.k.shape[3])
+            extra = (HeadSet(self.kv_heads, empty, empty, lengths, None, None, self.salient.tiles, self.salient.layout, *self.basis),)
         return HeadSet(
-            self.kv_heads, self.tail.k, self.tail.v, self.lengths, self.first.k, self.first.v, tiles, self.layout, *self.basis, extra=extra
-        )
+            self.kv_heads, self.tail.k, self.tail.v, self.lengths, self.first.k, self.first.v, self.bank.tiles if tiles else None, self.layout,
+            *self.basis, extra=extra,
+        )  # fmt: skip
+
+    # -- fixed capacity ------------------------------------------------------------------------------------------------------------
+
+    def fix(self, capacity: int) -> Held:
+        """See Store.fix. Where a sequence waits for its basis, the buffers are those that it needs after its start, and queries are remembered."""
+        quant = self.quant
+        whole = quant.sink + quant.heavy
+        waits, begins = not all(self.started), capacity >= quant.start_length
+        self.tail.fix(min(max(self.tail.keep, quant.start_length if waits else quant.residual + quant.tile), capacity))
+        if begins:
+            self.first.fix(whole)
+            self.bank.fix((capacity - whole - quant.residual) // quant.tile)
+            for codec, half in zip(self.codecs, self.basis, strict=True):
+                self._make_room(codec, half)
+        if begins and self.salient is not None and quant.salience is not None:
+            later = round(quant.salience.share * quant.start_tiles(quant.start_length)) if waits else 0
+            self.salient.fix(max(later, *self.salient.count))
+        if waits and begins and quant.needs_queries:
+            self._fill_ring()
+        view = self._view(begins, begins and self.salient is not None and self.salient.tiles.shape[2] > 0)
+        return Held(view, self.counts, self.leave, self.status, self.ring)
+
+    def _make_room(self, codec: HalfCodec, half: Basis) -> None:
+        """Zeros in place of a basis that is not found yet."""
+        if not half:
+            like = torch.arange(codec.layout.tokens * codec.head_dim).float().sin().view(1, 1, -1, codec.head_dim)
+            for name, t in codec.find_basis(like, torch.ones(1, 1, codec.head_dim)).items():
+                half[name] = torch.zeros(*self.tail.k.shape[:2], *t.shape[2:], dtype=t.dtype, device=self.tail.k.device)
+
+    def _fill_ring(self) -> None:
+        batch, heads, _, dim = self.tail.k.shape
+        if self.ring is None:
+            q = self.tail.k.new_zeros(batch, heads, self.query_group, RECENT_QUERIES, dim)
+            weight = torch.zeros(batch, RECENT_QUERIES, device=q.device)
+            self.ring = Ring(q, weight, torch.zeros(1, dtype=torch.int64, device=q.device))
+        for buffer in (self.ring.q, self.ring.weight, self.ring.place):
+            buffer.zero_()
+        if self.recent is not None:
+            known = self.recent.weight.shape[1]
+            self.ring.q[:, :, :, RECENT_QUERIES - known :] = self.recent.q
+            self.ring.weight[:, RECENT_QUERIES - known :] = self.recent.weight
+
+    def adopt(self, counts: list[list[int]], tokens: int) -> None:
+        """See Store.adopt."""
+        super().adopt(counts, tokens)
+        self.bank.count = counts[1]
+        self._check_status()
+        if self.ring is not None and self.wants_prompt:
+            oldest = int(self.ring.place)
+            self.recent = Recent(self.ring.q.roll(-oldest, 3), self.ring.weight.roll(-oldest, 1))
+
+    def steps_to_start(self) -> int | None:
+        """How many tokens are missing until the next sequence finds its basis; None: all have theirs."""
+        return min((self.quant.start_length - c for s, c in zip(self.started, self.tail.count, strict=True) if not s), default=None)
 
     @property
     def lossless(self) -> bool:
@@ -434,6 +503,7 @@ class PackedStore(Store):
         self.positions = self.positions.index_select(0, where)
         self.start_tiles = [self.start_tiles[i] for i in index.tolist()]
         self.started = [self.started[i] for i in index.tolist()]
+        self.ring = None
 
     def appended(self) -> list[int]:
         """See Store.appended."""
@@ -457,7 +527,8 @@ class PackedStore(Store):
         basis = sum(t.nbytes for half in self.basis for t in half.values()) + (self.positions.nbytes if any(self.started) else 0)
         out.add("basis", basis, basis)
         statistics = 0 if self.recent is None else self.recent.q.nbytes + self.recent.weight.nbytes
-        out.add("statistics", statistics, statistics)
+        ring = 0 if self.ring is None else self.ring.q.nbytes + self.ring.weight.nbytes
+        out.add("statistics", statistics, statistics + ring)
         return out
 
     def tensors(self) -> dict[str, Tensor]:

@@ -1,0 +1,172 @@
+"""The kernels of packing and appending on a GPU, against the PyTorch reference on the same tokens. pytest -m gpu tests/gpu."""
+
+from dataclasses import replace
+
+import pytest
+import test_pack as t
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+import bitsandheads as bh
+from bitsandheads import ops
+from bitsandheads.methods import get_plan
+from bitsandheads.methods.vidkv import KEYS, VALUES
+from bitsandheads.quant.codec import HalfCodec
+from bitsandheads.quant.spec import AxisClass, KVQuant, TensorQuant
+from bitsandheads.quant.tile import TileLayout
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+PRESETS = ["balanced", "extreme", "kivi-2", "kivi-2-sink", *(f"vidkv-{k}/{v}" for k in KEYS for v in VALUES)]
+
+
+def quant_of(preset: str) -> KVQuant:
+    return get_plan(preset).groups[0].quant
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize(("dim", "dtype"), [(64, torch.float16), (128, torch.bfloat16)])
+def test_presets(preset: str, dim: int, dtype: torch.dtype) -> None:
+    t.check_pack(quant_of(preset), dim, dtype, "cuda", tiles=6)
+
+
+@pytest.mark.parametrize("dim", [80, 96, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_other_head_dims(dim: int, dtype: torch.dtype) -> None:
+    for preset in ("balanced", "kivi-2"):
+        t.check_pack(quant_of(preset), dim, dtype, "cuda", tiles=3)
+
+
+@pytest.mark.parametrize("quant", [t.FINE, t.SMALL, t.WIDE], ids=["tiles of 64", "tiles of 16", "5 bits"])
+def test_other_layouts(quant: KVQuant) -> None:
+    t.check_pack(quant, 64, torch.bfloat16, "cuda", tiles=8, codes_differ=5e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_exact(dtype: torch.dtype) -> None:
+    t.check_exact(dtype, "cuda")
+
+
+@pytest.mark.parametrize("levels", ["minmax", "gaussian"])
+@pytest.mark.parametrize("transform", ["none", "principal"])
+def test_outliers_and_constant_channels(levels: str, transform: str) -> None:
+    half = TensorQuant((AxisClass(2, 1.0, levels),), transform=transform)
+    quant = KVQuant(half, half)
+    x = torch.randn(2, 2, 3 * 128 + 5, 128, device="cuda")
+    x[..., 5] *= 1000
+    x[..., 9] = 1000.0
+    x[:, :, 200] *= 100
+    (got, want), basis, packed = t.packed_twice(quant, "keys", x.bfloat16(), False)
+    keys = TileLayout.of(quant, 128).keys
+    y = HalfCodec(keys).encode(packed[:1].float(), {name: b[:1] for name, b in basis.items()})
+    t.compare(keys, got[:1, :, :3, : keys.nbytes], want[:1, :, :3, : keys.nbytes], y, 5e-3)
+
+
+@pytest.mark.parametrize("new", [0, 1, 5, 8])
+def test_append(new: int) -> None:
+    t.check_append("cuda", "triton", new)
+
+
+@pytest.mark.parametrize(("dim", "dtype"), [(24, torch.float32), (128, torch.bfloat16), (64, torch.float16)])
+def test_statistics(dim: int, dtype: torch.dtype) -> None:
+    t.check_statistics(dtype, dim, "cuda", rounded=4e-3)
+
+
+@pytest.mark.parametrize("dim", [24, 64, 128])
+def test_jacobi(dim: int) -> None:
+    t.check_jacobi(dim, "cuda")
+
+
+@pytest.mark.parametrize(
+    ("preset", "prompt", "worst"), [("balanced", 1500, 0.05), ("extreme", 1200, 0.08), ("kivi-2", 700, 0.02), ("vidkv-1.5/1.66", 700, 0.05)]
+)
+def test_life_of_a_layer(preset: str, prompt: int, worst: float) -> None:
+    """Prompt with padding, single tokens over several tiles, chunks."""
+    quant = replace(quant_of(preset), basis_tokens=512)
+    t.check_life(quant, 128, torch.bfloat16, "cuda", prompt, [1] * 150 + [4, 8, 300, 1], worst, window=True)
+
+
+def test_steps_in_a_captured_graph() -> None:
+    """Append, attention and the packing of a full tile, all decided on the device: the replayed graph does what the eager layer does."""
+    quant = quant_of("balanced")
+    eager, _ = t.life("triton", quant, 128, torch.bfloat16, "cuda", 1000, [1])
+    captured, _ = t.life("triton", quant, 128, torch.bfloat16, "cuda", 1000, [1])
+    store = captured.stores[0]
+    store.tail.reserve(400)
+    store.bank.reserve(12)
+    k, v, q = (torch.zeros(2, h, 1, 128, device="cuda", dtype=torch.bfloat16) for h in (2, 2, 4))
+
+    def step() -> torch.Tensor:
+        ops.append(k, v, [store.growing(1)], "triton")
+        out = ops.decode_attention(q, [store.heads()], 0.1, backend="triton")[0]
+        for which, x, basis in (("keys", store.tail.k, store.basis[0]), ("values", store.tail.v, store.basis[1])):
+            ops.pack(x, store.bank.tiles, store.counts, 1, store.layout, which, basis, due=True, status=store.status, backend="triton")
+        return out
+
+    counts, tiles = store.counts.clone(), store.bank.tiles.clone()
+    step()
+    store.counts.copy_(counts)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+    store.counts.copy_(counts)
+    store.bank.tiles.copy_(tiles)
+    random = torch.Generator().manual_seed(5)
+    for _ in range(200):
+        x = torch.randn(2, 2, 2, 1, 128, generator=random).bfloat16().cuda()
+        query = torch.randn(2, 4, 1, 128, generator=random).bfloat16().cuda()
+        k.copy_(x[0]), v.copy_(x[1]), q.copy_(query)
+        graph.replay()
+        eager.stage(x[0], x[1])
+        want = eager.attend(query, None, bh.layer.read_mask(None, 1), 0.1, lambda q, k, v: q)
+        t.close(out.transpose(1, 2), want, 1e-2)  # the splits of the attention follow the capacity, which differs
+    ops.append(k[:, :, :0], v[:, :, :0], [store.growing(0)], "triton")
+    assert torch.equal(store.counts, eager.stores[0].counts) and eager.stores[0].bank.count[0] > 4
+
+
+def test_compiled() -> None:
+    layout = TileLayout.of(quant_of("kivi-2"), 128)
+    tiles, status = torch.zeros(1, 2, 2, layout.nbytes, dtype=torch.uint8, device="cuda"), torch.zeros(1, dtype=torch.int32, device="cuda")
+    x = torch.randn(1, 2, 128, 128, device="cuda", dtype=torch.bfloat16)
+    jobs = torch.tensor([[0], [1], [1]], dtype=torch.int32, device="cuda")
+
+    def step(x: torch.Tensor, tiles: torch.Tensor) -> None:
+        for which in ("keys", "values"):
+            ops.pack(x, tiles, jobs, 1, layout, which, {}, status=status)
+
+    other = tiles.clone()
+    torch.compile(step, fullgraph=True)(x, tiles)
+    step(x, other)
+    assert torch.equal(tiles, other) and tiles[:, :, 1].any()
+
+
+@torch.no_grad()
+def test_the_same_text_as_the_reference() -> None:
+    """Greedy generation over several packed tiles, in float32, where near ties of the logits are rare."""
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=2,
+        head_dim=64, max_position_embeddings=8192, initializer_range=0.08,
+    )  # fmt: skip
+    model = Qwen3ForCausalLM(config).cuda().eval()
+    ids = torch.randint(0, 512, (2, 900), generator=torch.Generator().manual_seed(1)).cuda()
+    for plan in ("balanced", "kivi-2"):
+        with bh.enabled(model):
+            texts = [
+                model.generate(
+                    ids, past_key_values=bh.CompressedCache(plan, model, backend=b), max_new_tokens=200, do_sample=False, pad_token_id=0
+                )
+                for b in ("auto", "reference")
+            ]
+        same = (texts[0] == texts[1])[:, 900:].int().cumprod(1).sum(1)
+        assert (same >= 100).all(), same
+
+
+def test_numbers_that_cannot_be_packed() -> None:
+    for bad, quant in ((torch.nan, "balanced"), (torch.inf, "kivi-2")):
+        layer, _ = t.life("triton", quant_of(quant), 64, torch.bfloat16, "cuda", 1000, [1])
+        k = torch.full((2, 2, 1, 64), bad, device="cuda", dtype=torch.bfloat16)
+        q = torch.ones(2, 4, 1, 64, device="cuda", dtype=torch.bfloat16)
+        with pytest.raises(bh.NotFiniteError, match="of KV heads"):
+            for _ in range(300):
+                layer.stage(k, k)
+                layer.attend(q, None, bh.layer.read_mask(None, 1), 0.1, lambda q, k, v: q)
