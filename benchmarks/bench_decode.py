@@ -4,7 +4,9 @@ Times are medians over replays of a CUDA graph of at least 16 launches whose inp
 L2), divided by the launches. Everything a step needs is inside: rotating queries and outputs, the gather into slots, 6 sink tokens and a
 tail of 192. Appending the new token is not (it is a copy of 512 bytes for each head). Writes JSON rows.
 
-    python benchmarks/bench_decode.py --out benchmarks/results/decode-h100.json [--quick]
+FlashAttention-3 is compared when its library is given: the file vllm/vllm_flash_attn/_vllm_fa3_C.abi3.so of the vllm 0.22.1 wheel.
+
+    python benchmarks/bench_decode.py --out benchmarks/results/decode-h100.json [--quick] [--flash3 _vllm_fa3_C.abi3.so]
 """
 
 import argparse
@@ -103,6 +105,41 @@ def sdpa_row(name: str, kernel: SDPBackend, q_heads: int, kv_heads: int, batch: 
     return {"plan": "bf16", "backend": name, "us": us, "us_low": low, "us_high": high, "bytes": size}
 
 
+def flash3_row(dtype: torch.dtype, q_heads: int, kv_heads: int, batch: int, context: int) -> dict:
+    """FlashAttention-3 on a contiguous cache in bf16 or fp8 (e4m3), the best of several numbers of splits (0: its own choice)."""
+    fp8 = dtype == torch.float8_e4m3fn
+    fwd = torch.ops._vllm_fa3_C.fwd
+    make = lambda *shape: torch.randn(*shape, DIM, device=DEVICE, dtype=torch.bfloat16).to(dtype)  # noqa: E731
+    q = make(batch, 1, q_heads)
+    size = 2 * q.element_size() * batch * kv_heads * context * DIM
+    copies = [(make(batch, context, kv_heads), make(batch, context, kv_heads)) for _ in range(min(24, math.ceil(ROTATED / size)))]
+    lengths = torch.full((batch,), context, dtype=torch.int32, device=DEVICE)
+    scales = [torch.ones(batch, kv_heads, device=DEVICE)] * 3 if fp8 else [None] * 3
+
+    def call(k: torch.Tensor, v: torch.Tensor, splits: int) -> torch.Tensor:
+        # k_new, v_new, q_v, out; cu_seqlens (3), seqused (q, k); max_seqlen (2); page table, batch index, left padding, rotary (3)
+        before = (None,) * 4, (None,) * 4, (lengths,), (None,) * 8
+        after = (*scales, DIM**-0.5, False, -1, -1, 0.0, True, None, splits, None, 0, None, 1, 0, None)
+        return fwd(q, k, v, *(x for part in before for x in part), *after)[0]
+
+    k, v = (x.to(torch.bfloat16).transpose(1, 2) for x in copies[0])
+    want = scaled_dot_product_attention(q.to(torch.bfloat16).transpose(1, 2), k, v, enable_gqa=True).transpose(1, 2)
+    error = ((call(*copies[0], 0) - want).float().norm() / want.float().norm()).item()
+    assert error < 0.1, f"FlashAttention-3 is called wrongly: relative error {error}"
+    del k, v, want
+    rows = [(*timed([partial(call, *c, splits) for c in copies], repeats=5), splits) for splits in (0, 8, 32)]
+    us, low, high, splits = min(rows)
+    return {
+        "plan": "fp8" if fp8 else "bf16",
+        "backend": "FlashAttention-3",
+        "us": us,
+        "us_low": low,
+        "us_high": high,
+        "bytes": size,
+        "splits": splits,
+    }
+
+
 def unpack_row(q_heads: int, kv_heads: int, batch: int, context: int) -> dict:
     """What a cache without a fused kernel does: restore everything, then SDPA."""
     q = torch.randn(batch, q_heads, 1, DIM, device=DEVICE, dtype=torch.bfloat16)
@@ -134,9 +171,13 @@ def unpack_row(q_heads: int, kv_heads: int, batch: int, context: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True)
+    parser.add_argument("--flash3", help="library of FlashAttention-3")
     parser.add_argument("--quick", action="store_true", help="fewer shapes")
+    parser.add_argument("--few", action="store_true", help="three shapes only of the models after the first")
     parser.add_argument("--seconds", type=float, default=1e9, help="stop taking new rows after this long")
     options = parser.parse_args()
+    if options.flash3:
+        torch.ops.load_library(options.flash3)
     start = time.time()
     read = roofline()
     git = subprocess.run(["git", "rev-parse", "--verify", "--quiet", "HEAD"], capture_output=True, text=True)
@@ -151,7 +192,8 @@ def main() -> None:
     if options.quick:
         points = [(1, 8192), (1, 32768), (8, 32768), (1, 131072), (8, 131072)]
     for model, (q_heads, kv_heads) in SHAPES.items():
-        for batch, context in points:
+        few = options.few and not model.startswith("Qwen2")
+        for batch, context in [(8, 131072), (1, 32768), (8, 32768)] if few else points:
             if time.time() - start > options.seconds or (options.quick and not model.startswith("Qwen2")):
                 continue
             shape = (q_heads, kv_heads, batch, context)
@@ -160,6 +202,8 @@ def main() -> None:
             jobs += [partial(packed_row, plan, backend, *shape) for plan in ("bf16", "balanced") for backend in ("cuda", "triton")]
             jobs += [partial(packed_row, plan, "cuda", *shape) for plan in ("balanced, half windowed", "extreme")]
             jobs.append(partial(packed_row, "balanced", "cuda", *shape, ragged=True))
+            if options.flash3:
+                jobs += [partial(flash3_row, dtype, *shape) for dtype in (torch.bfloat16, torch.float8_e4m3fn)]
             if batch * context <= 1 << 18 and not options.quick:
                 jobs.append(partial(unpack_row, *shape))
             for job in jobs:
@@ -168,10 +212,10 @@ def main() -> None:
                 except Exception as e:  # a kernel that a library lacks for this shape is a row without a time
                     print(f"  no row: {type(e).__name__}: {str(e)[:160]}")
                 torch.cuda.empty_cache()
-            best = min((r["us"] for r in rows if r["plan"] == "bf16"), default=None)
+            best, fp8 = (min((r["us"] for r in rows if r["plan"] == plan), default=None) for plan in ("bf16", "fp8"))
             for row in rows:
                 speedup = best / row["us"] if best and "ragged" not in row["plan"] else None  # ragged: fewer tokens than the bf16 rows
-                row |= {"model": model, "batch": batch, "context": context, "best_bf16_us": best, "fp8_us": None, "speedup": speedup}
+                row |= {"model": model, "batch": batch, "context": context, "best_bf16_us": best, "fp8_us": fp8, "speedup": speedup}
                 row["share_of_read"] = row["bytes"] / row["us"] * 1e6 / read
                 report["rows"].append(row)
                 where = f"{model[:12]:12} B{batch:<3} {context // 1024:4}K {row['plan']:24} {row['backend']:18}"

@@ -106,6 +106,9 @@ def decode_attention(
 ) -> tuple[Tensor, Tensor]:
     """Attention of the newest Q tokens over everything that a layer holds.
 
+    Under torch.compile there is no graph break; call it once with head sets of the same description before compiling (their description
+    is registered at the first call).
+
     Args:
         q: [B, Hq, Q, D] after RoPE.
         sets: partition of the layer's KV heads.

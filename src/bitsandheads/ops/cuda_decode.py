@@ -7,16 +7,19 @@ went into it. Shape letters: B sequences, Hq query heads, h KV heads of a set, Q
 import ctypes
 import hashlib
 import logging
+import math
 import os
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import BackendError, CacheStateError
+from ..errors import BackendError
 from ..quant.tile import HalfLayout, TileLayout
 from .heads import HeadSet
 from .rotations import rotation_matrix
@@ -24,11 +27,11 @@ from .rotations import rotation_matrix
 log = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_name("decode_sm90.cu")
 MAX_SETS, MAX_HEADS, MAX_ENTRIES, ROWS = 4, 128, 256, 8  # as in the source
+HELPER_THREADS, PREPARE_ROWS = 256, 4  # as in the source
 SHARED_LIMIT = 227 * 1024
+REGISTERS = 192, 255  # of a thread of attend: so that a CTA of the other kernels fits beside its CTA; for layouts that need more
 RUN = 8
 LOG2E = 1.4426950408889634
-MIN_UNITS = 2  # units (tiles) that a CTA takes at least
-LEAD = 20  # what a head costs a CTA beside its units, in units
 
 
 # ------------------------------------------------------------------------------------------------------------- what is covered
@@ -80,10 +83,19 @@ def _slots_per_word(half: HalfLayout, bits: int) -> int:
     return 256 // half.tokens // bits
 
 
-def _table(name: str, values: list[int]) -> str:
-    """A constexpr function that the compiler folds for constant arguments."""
-    body = "".join(f"i == {i} ? {v} : " for i, v in enumerate(values[:-1])) + str(values[-1] if values else 0)
-    return f"__device__ __forceinline__ constexpr int {name}(int i) {{ return {body}; }}"
+def _columns(half: HalfLayout, bits: int) -> int:
+    """Words of a row of a plane."""
+    return half.plane_slots(bits) // _slots_per_word(half, bits)
+
+
+def _slot_runs(half: HalfLayout, bits: int) -> list[tuple[int, int]]:
+    """(first axis, weight) of every run of 8 slots of a plane."""
+    return [(axis, s.weight) for s in half.slots if s.bits == bits for axis in range(s.axis, s.axis + s.count, RUN)]
+
+
+def _table(kind: str, name: str, values: Sequence[float]) -> str:
+    items = ", ".join(repr(v) + "f" if kind == "float" else str(v) for v in values) or "0"
+    return f"__constant__ constexpr {kind} {name}[] = {{{items}}};"
 
 
 def _basis_flags(half: HalfLayout | None) -> str:
@@ -96,85 +108,126 @@ def _basis_flags(half: HalfLayout | None) -> str:
     return "constexpr bool " + ", ".join(f"{k} = {str(v).lower()}" for k, v in flags.items()) + ";"
 
 
-def _half_header(half: HalfLayout, base: int) -> str:
-    offsets = {name: base + start for name, (start, _) in half.sections.items()}
-    constants = {"TWO": offsets["two"], "ONE": offsets["one"], "STEPS": offsets["steps"], "CENTRES": offsets["centres"]}
-    constants |= {"FACTORS": offsets["factors"], "N_STEPS": half.counts[0], "N_CENTRES": half.counts[1]}
+def _namespace(half: HalfLayout, base: int, tables: list[str]) -> str:
+    """What the source knows of a half that lies at byte `base` of the tile."""
+    constants = {name.upper(): base + half.sections[name][0] for name in ("two", "one", "steps", "centres", "factors")}
+    constants |= {"N_STEPS": half.counts[0], "N_CENTRES": half.counts[1]}
     for bits in (2, 1):
-        per_word = _slots_per_word(half, bits)
-        constants |= {f"C{bits}": half.plane_slots(bits) // per_word, f"E{bits}": per_word}
-    step_run = {axis // RUN: i // RUN for i, axis in enumerate(half.step_axes)}
-    centre_run = {axis // RUN: i // RUN for i, axis in enumerate(half.centre_axes)}
-    axes, shifts = [], []
-    for s in half.slots:
-        axes += [(s.axis + i) // RUN for i in range(0, s.count, RUN)]
-        shifts += [s.weight.bit_length() - 1] * (s.count // RUN)
-    lines = [f"namespace {half.kind} {{", "constexpr int " + ", ".join(f"{k} = {v}" for k, v in constants.items()) + ";"]
-    lines.append(f"constexpr int TOP_SHIFT = {max(shifts, default=0)};")
-    lines += [_table("run_axis", axes), _table("run_shift", shifts), _table("run_step", [step_run[a] for a in axes])]
-    lines.append(_basis_flags(half))
-    lines.append(_table("centre_axis", list(centre_run)))
-    lines.append(_table("centre_run", [centre_run.get(a, -1) for a in range(half.head_dim // RUN)]))
-    return "\n".join([*lines, "}"])
+        constants |= {f"C{bits}": _columns(half, bits), f"E{bits}": _slots_per_word(half, bits)}
+    numbers = "constexpr int " + ", ".join(f"{k} = {v}" for k, v in constants.items()) + ";"
+    return "\n".join([f"namespace {half.kind} {{", numbers, _basis_flags(half), *tables, "}"])
 
 
-def _fixed_shared_bytes(dim: int, warps: int, stages: int) -> int:
+def _key_constants(half: HalfLayout) -> tuple[dict[str, int], list[str]]:
+    """Tables of pairs of k-chunks: 32 word columns of a plane and one of the slots in their words; 8 columns for each l4 (a quarter of the lanes)."""
+    reads, axes, weights = [], [], []
+    step = {axis: i for i, axis in enumerate(half.step_axes)}
+    for bits, plane in ((2, "two"), (1, "one")):
+        runs, columns = _slot_runs(half, bits), _columns(half, bits)
+        width = math.gcd(columns, 32)
+        for block in range(0, columns, 32):
+            for e in range(_slots_per_word(half, bits)):
+                for column in range(block, block + 32, RUN):
+                    there = column < columns
+                    column = column if there else 0
+                    axis, weight = runs[(e * columns + column) // RUN]
+                    word = half.sections[plane][0] + 2 * (column // width * 16 * width + column % width)
+                    reads.append(word | step[axis] << 16)
+                    axes.append(axis)
+                    weights.append(weight / 2 ** (e * bits) if there else 0.0)
+    pairs = len(reads) // 4
+    centres = half.centre_axes[::RUN]
+    missing = -len(centres) % 4
+    axes += centres + [0] * missing
+    weights += [1.0] * len(centres) + [0.0] * missing
+    tables = [_table("unsigned int", "reads", reads), _table("int", "axis", axes), _table("float", "weight", weights)]
+    return {"K_PAIRS": pairs, "K_CENTRES": len(axes) // 4 - pairs}, tables
+
+
+def _value_tables(half: HalfLayout) -> list[str]:
+    runs = [run for bits in (2, 1) for run in _slot_runs(half, bits)]
+    step = {axis: i // RUN for i, axis in enumerate(half.step_axes)}
+    centre = {axis: i // RUN for i, axis in enumerate(half.centre_axes)}
+    coded = {axis for axis, _ in runs}
+    axes = range(0, half.head_dim, RUN)
+    tables = {
+        "run_axis": [axis // RUN for axis, _ in runs],
+        "run_shift": [weight.bit_length() - 1 for _, weight in runs],
+        "run_step": [step[axis] for axis, _ in runs],
+        "centre_run": [centre.get(axis, -1) for axis in axes],
+        "coded": [int(axis in coded) for axis in axes],
+    }
+    return [_table("int", name, values) for name, values in tables.items()]
+
+
+@lru_cache(maxsize=256)
+def _constants(layout: TileLayout | None) -> tuple[dict[str, Any], str]:
+    """Macros and tables of a layout (None: whole precision only)."""
+    if layout is None:
+        flags = "".join(f"namespace {name} {{ {_basis_flags(None)} }}\n" for name in ("keys", "values"))
+        return {"HAS_TILES": 0, "TILE_BYTES": 0, "HEAD_BYTES": 0}, flags
+    keys, values = layout.keys, layout.values
+    pairs, key_tables = _key_constants(keys)
+    residual = keys.spec.transform != "principal" and keys.counts[1] > 0
+    peak = (128.0 if keys.fmt == "fp8" else 1.0) / max(s.weight for s in keys.slots)
+    numbers = {
+        "HAS_TILES": 1,
+        "FIELDS": layout.tokens // 16,
+        "GROUPS": keys.groups,
+        "META_FP8": int(keys.fmt == "fp8"),
+        "QUERY_PEAK": f"{peak}f",
+    }
+    numbers |= {"CENTRE_RESIDUAL": int(residual), "TILE_BYTES": layout.nbytes, **pairs}
+    numbers["HEAD_BYTES"] = (pairs["K_PAIRS"] + pairs["K_CENTRES"] * (2 if residual else 1)) * 512 + 8 * ROWS
+    return numbers, _namespace(keys, 0, key_tables) + "\n" + _namespace(values, keys.nbytes, _value_tables(values))
+
+
+def _fixed_shared_bytes(layout: TileLayout | None, dim: int, warps: int, stages: int) -> int:
     """At least the size of `Shared` in the source."""
-    row = (dim + 4) * 4
-    return (
-        warps * ROWS * row
-        + ROWS * row
-        + warps * ROWS * 8
-        + ROWS * 16
-        + warps * stages * 8
-        + 4 * (6 * MAX_ENTRIES + 1)
-        + 2 * MAX_ENTRIES
-        + 128
-    )
+    decoded = 16
+    if layout is not None:
+        keys, values = (half.groups * sum(half.counts) for half in (layout.keys, layout.values))
+        decoded = 4 * values + (2 * keys if layout.keys.fmt == "fp8" else 0)
+    per_warp = ROWS * (dim + 4) * 4 + ROWS * 8 + decoded + stages * 8
+    return warps * per_warp + 4 * (6 * MAX_ENTRIES + 3) + 32
 
 
 def _shared_bytes(layout: TileLayout | None, dim: int, warps: int, stages: int) -> int:
-    """Dynamic shared memory of a CTA."""
-    return _fixed_shared_bytes(dim, warps, stages) + (warps * stages * layout.nbytes if layout else 0)
+    """Dynamic shared memory of a CTA of attend."""
+    return _fixed_shared_bytes(layout, dim, warps, stages) + (warps * stages * layout.nbytes if layout else 0)
 
 
+@lru_cache(maxsize=256)
 def _shape(layout: TileLayout | None) -> tuple[int, int]:
-    """Warps of a CTA and stages of a warp's copies: as many as shared memory holds."""
+    """Warps of a CTA of attend and stages of a warp's copies: as many as shared memory holds."""
     if layout is None:
-        return 12, 1
-    dim = layout.keys.head_dim
+        return 8, 1
     for warps, stages in ((8, 3), (8, 2), (4, 3), (4, 2), (4, 1)):
-        if _shared_bytes(layout, dim, warps, stages) <= SHARED_LIMIT:
+        if _shared_bytes(layout, layout.keys.head_dim, warps, stages) <= SHARED_LIMIT:
             return warps, stages
     return 4, 0
 
 
 @lru_cache(maxsize=256)
-def source(layout: TileLayout | None, dim: int, dtype: torch.dtype, group: int, n_query: int, warps: int, stages: int) -> str:
-    """The kernel's source with the constants of `layout` (None: whole precision only) in front."""
-    numbers = {
+def source(layout: TileLayout | None, dim: int, dtype: torch.dtype, group: int, n_query: int) -> str:
+    """The kernels' source with the constants of `layout` (None: whole precision only) in front."""
+    numbers, tables = _constants(layout)
+    warps, stages = _shape(layout)
+    fixed = {
         "HEAD_DIM": dim,
         "MODEL_FP16": int(dtype == torch.float16),
-        "WARPS": warps,
-        "STAGES": stages,
-        "HAS_TILES": int(layout is not None),
-    }
-    numbers |= {
         "GROUP": group,
         "N_QUERY": n_query,
-        "TILE_BYTES": 0,
-        "SHARED_BYTES": _fixed_shared_bytes(dim, warps, stages),
-        "PARAMS_BYTES": ctypes.sizeof(_Params),
+        "WARPS": warps,
+        "STAGES": stages,
     }
-    parts = [f"namespace {name} {{ {_basis_flags(None)} }}" for name in ("keys", "values")]
-    if layout is not None:
-        keys, values = layout.keys, layout.values
-        residual = keys.spec.transform != "principal" and keys.counts[1] > 0
-        numbers |= {"FIELDS": layout.tokens // 16, "GROUPS": keys.groups, "META_FP8": int(keys.fmt == "fp8")}
-        numbers |= {"CENTRE_RESIDUAL": int(residual), "TILE_BYTES": layout.nbytes}
-        parts = [_half_header(keys, 0), _half_header(values, keys.nbytes)]
-    defines = [f"#define {k} {v}" for k, v in numbers.items()]
-    return "\n".join([*defines, *parts, SOURCE.read_text()])
+    fixed |= {
+        "SHARED_BYTES": _fixed_shared_bytes(layout, dim, warps, stages),
+        "PARAMS_BYTES": ctypes.sizeof(_Params),
+        "MAX_REGISTERS": REGISTERS[numbers["HEAD_BYTES"] > 8 * 512 + 8 * ROWS],
+    }
+    defines = [f"#define {k} {v}" for k, v in (fixed | numbers).items() if k != "HEAD_BYTES"]
+    return "\n".join([*defines, tables, SOURCE.read_text()])
 
 
 # ------------------------------------------------------------------------------------------------------------- compiling
@@ -231,16 +284,18 @@ def cached_cubin(text: str, arch: str, folder: Path | None = None) -> bytes:
 
 
 @dataclass(frozen=True)
-class Kernel:
-    """A loaded kernel and how it is launched."""
+class Kernels:
+    """The loaded kernels of one layout and how they are launched."""
 
-    function: object
-    warps: int
-    shared: int
+    prepare: Any
+    attend: Any
+    merge: Any
     ctas: int
+    threads: int
+    shared: int
 
 
-def _check(result: tuple) -> object:
+def _check(result: tuple[Any, ...]) -> Any:
     from cuda.bindings import driver
 
     if int(result[0]):
@@ -249,25 +304,23 @@ def _check(result: tuple) -> object:
 
 
 @lru_cache(maxsize=128)
-def kernel(
-    layout: TileLayout | None, dim: int, dtype: torch.dtype, group: int, n_query: int, device: torch.device, shape: tuple[int, int] | None = None
-) -> Kernel:  # fmt: skip
-    """Compile (or read) and load the kernel for one layout.
-
-    Args:
-        shape: warps and stages; None: as many as fit.
-    """
+def kernels(layout: TileLayout | None, dim: int, dtype: torch.dtype, group: int, n_query: int, device: torch.device) -> Kernels:
+    """Compile (or read) and load the kernels for one layout."""
     from cuda.bindings import driver
 
-    warps, stages = shape or _shape(layout)
     properties = torch.cuda.get_device_properties(device)
-    cubin = cached_cubin(source(layout, dim, dtype, group, n_query, warps, stages), f"sm_{properties.major}{properties.minor}")
+    cubin = cached_cubin(source(layout, dim, dtype, group, n_query), f"sm_{properties.major}{properties.minor}")
+    warps, stages = _shape(layout)
+    shared = _shared_bytes(layout, dim, warps, stages)
     with torch.cuda.device(device):
         module = _check(driver.cuModuleLoadData(cubin))
-        function = _check(driver.cuModuleGetFunction(module, b"decode_attention"))
-        shared = _shared_bytes(layout, dim, warps, stages)
-        _check(driver.cuFuncSetAttribute(function, driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared))
-    return Kernel(function, warps, shared, properties.multi_processor_count)
+        prepare, attend, merge = (
+            None if layout is None and name == b"prepare" else _check(driver.cuModuleGetFunction(module, name))
+            for name in (b"prepare", b"attend", b"merge")
+        )
+        limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        _check(driver.cuFuncSetAttribute(attend, limit, shared))
+    return Kernels(prepare, attend, merge, properties.multi_processor_count, warps * 32, shared)
 
 
 # ------------------------------------------------------------------------------------------------------------- arguments (as in the source)
@@ -294,8 +347,8 @@ class _Params(ctypes.Structure):
         ("sets", _Set * MAX_SETS),
         ("q", _P), ("q_b", _L), ("q_h", _L), ("q_t", _L),
         ("out", _P), ("lse", _P), ("hidden", _P),
-        ("partial", _P), ("partial_lse", _P), ("arrived", _P),
-        ("n_sets", _I), ("batch", _I), ("q_heads", _I), ("min_units", _I), ("lead", _I),
+        ("prepared", _P), ("partial", _P), ("stats", _P),
+        ("n_sets", _I), ("batch", _I), ("q_heads", _I), ("ctas", _I),
         ("scale_log2", ctypes.c_float), ("noise_log2", ctypes.c_float),
     ]  # fmt: skip
 
@@ -337,87 +390,68 @@ def _set(s: HeadSet, keep: list[Tensor]) -> _Set:
     return p
 
 
-Scratch = tuple[Tensor, Tensor, Tensor]
-CAPTURED = -1  # stands for the stream of every captured graph
-_scratch: dict[tuple[torch.device, int], Scratch] = {}
-_retired: list[Scratch] = []  # outgrown, but graphs may have captured their addresses
-
-
-def _scratch_for(device: torch.device, slots: int, heads: int, dim: int) -> Scratch:
-    """Partial results, their lse and the arrival counters (zero between launches): one set for each stream, one for all graphs of a device.
-
-    The graphs' set must exist before a capture (where nothing can be zeroed); so graphs of one device must not run at the same time.
-    """
-    need = slots * ROWS * dim, slots * ROWS, heads
-    fits = lambda have: have is not None and all(t.numel() >= n for t, n in zip(have, need, strict=True))  # noqa: E731
-    capturing = torch.cuda.is_current_stream_capturing()
-    stream = CAPTURED if capturing else torch.cuda.current_stream(device).cuda_stream
-    if capturing and not fits(_scratch.get((device, CAPTURED))):
-        raise CacheStateError("Run one decode step of these shapes before capturing it in a graph: the kernel's scratch memory must exist.")
-    for key in () if capturing else ((device, stream), (device, CAPTURED)):
-        have = _scratch.get(key)
-        if fits(have):
-            continue
-        if have is not None:
-            _retired.append(have)
-        sums, lse, arrived = (2 * n for n in need)
-        zeros = torch.zeros(arrived, dtype=torch.int32, device=device)
-        _scratch[key] = torch.empty(sums, device=device), torch.empty(lse, device=device), zeros
-    return _scratch[device, stream]
-
-
-def decode_attention(
-    q: Tensor,
-    sets: list[HeadSet],
-    scale: float,
-    hidden: Tensor | None = None,
-    shape: tuple[int, int] | None = None,
-    min_units: int = MIN_UNITS,
-    lead: int = LEAD,
-) -> tuple[Tensor, Tensor]:
-    """See ops.reference.decode_attention. One launch for all sets that share a layout (sets without tiles join the first).
+def decode_attention(q: Tensor, sets: list[HeadSet], scale: float, hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """See ops.reference.decode_attention. Three launches for all sets that share a layout (sets without tiles join the first).
 
     Raises:
-        BackendError: the inputs are not covered (see `unsupported`), or the kernel cannot be compiled.
-        CacheStateError: a graph is being captured before a step of these shapes has run.
+        BackendError: the inputs are not covered (see `unsupported`), or the kernels cannot be compiled.
     """
     if why := unsupported(q, sets):
         raise BackendError(f'The "cuda" backend does not cover {why}; use backend="triton" or "auto".')
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
     layouts = list(dict.fromkeys(s.layout for s in sets if s.tiles is not None and s.tiles.shape[2])) or [None]
-    total = sum(len(s.kv_heads) for s in sets)
+    group = q.shape[1] // sum(len(s.kv_heads) for s in sets)
     for i, layout in enumerate(layouts):
         part = [s for s in sets if s.layout == layout or (i == 0 and (s.layout is None or s.layout not in layouts))]
-        _launch(q, part, layout, total, scale, hidden, out, lse, shape, min_units, lead)
+        _launch(q, part, layout, group, scale, hidden, out, lse)
     return out, lse
 
 
 def _launch(
-    q: Tensor, sets: list[HeadSet], layout: TileLayout | None, total_heads: int, scale: float, hidden: Tensor | None,
-    out: Tensor, lse: Tensor, shape: tuple[int, int] | None, min_units: int, lead: int,
+    q: Tensor, sets: list[HeadSet], layout: TileLayout | None, group: int, scale: float, hidden: Tensor | None, out: Tensor, lse: Tensor
 ) -> None:  # fmt: skip
-    from cuda.bindings import driver
-
     batch, q_heads, n_query, dim = q.shape
-    group = q_heads // total_heads
-    run = kernel(layout, dim, q.dtype, group, n_query, q.device, shape)
+    run = kernels(layout, dim, q.dtype, group, n_query, q.device)
     q = q if q.stride(-1) == 1 and not any(x % 8 for x in q.stride()[:-1]) else q.contiguous()
     keep: list[Tensor] = [q]
     p = _Params()
     for i, s in enumerate(sets):
         p.sets[i] = _set(s, keep)
     heads = sum(len(s.kv_heads) for s in sets) * batch * -(-group * n_query // ROWS)
-    partial, partial_lse, arrived = _scratch_for(q.device, 2 * (run.ctas + heads), heads, dim)
+    slots = run.ctas + heads
+    prepared, stats = heads * _constants(layout)[0]["HEAD_BYTES"], slots * 2 * ROWS * 8
+    scratch = torch.empty(prepared + stats + slots * 2 * ROWS * 4 * dim, dtype=torch.uint8, device=q.device)
+    p.prepared = scratch.data_ptr()
+    p.stats = p.prepared + prepared
+    p.partial = p.stats + stats
     p.q, p.q_b, p.q_h, p.q_t = q.data_ptr(), *q.stride()[:3]
     p.out, p.lse = out.data_ptr(), lse.data_ptr()
     if hidden is not None:
         hidden = hidden.to(torch.int64).contiguous()
         p.hidden = hidden.data_ptr()
-    p.partial, p.partial_lse, p.arrived = partial.data_ptr(), partial_lse.data_ptr(), arrived.data_ptr()
-    p.n_sets, p.batch, p.q_heads, p.min_units, p.lead = len(sets), batch, q_heads, min_units, lead
+    p.n_sets, p.batch, p.q_heads, p.ctas = len(sets), batch, q_heads, run.ctas
     p.scale_log2 = scale * LOG2E
     p.noise_log2 = 0.5 * layout.keys.spec.noise_correction * scale**2 * LOG2E if layout else 0.0
     arguments = (ctypes.c_void_p * 1)(ctypes.addressof(p))
     stream = torch.cuda.current_stream(q.device).cuda_stream
-    _check(driver.cuLaunchKernel(run.function, run.ctas, 1, 1, run.warps * 32, 1, 1, run.shared, stream, ctypes.addressof(arguments), 0))
+    if layout is not None:
+        _start(run.prepare, heads * (ROWS // PREPARE_ROWS), HELPER_THREADS, 0, stream, arguments, early=False)
+    _start(run.attend, run.ctas, run.threads, run.shared, stream, arguments, early=layout is not None)
+    _start(run.merge, heads * ROWS, HELPER_THREADS, 0, stream, arguments, early=True)
+
+
+def _start(function: Any, grid: int, threads: int, shared: int, stream: int, arguments: Any, early: bool) -> None:
+    """Launch a kernel; `early`: it may start while the one before runs, and waits for its end by itself."""
+    from cuda.bindings import driver
+
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = grid, 1, 1
+    config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+    config.sharedMemBytes, config.hStream = shared, stream
+    if early:
+        attribute = driver.CUlaunchAttribute()
+        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        attribute.value.programmaticStreamSerializationAllowed = 1
+        config.attrs, config.numAttrs = [attribute], 1
+    _check(driver.cuLaunchKernelEx(config, function, ctypes.addressof(arguments), 0))

@@ -29,6 +29,39 @@ def _factor(ptr, index, FP8: tl.constexpr):
     return 1.0
 
 
+@triton.constexpr_function
+def _interpreted():
+    return triton.knobs.runtime.interpret
+
+
+@triton.jit
+def _shift_right(w, by):
+    """Two words at once; the upper one leaves bits in the lower one that no mask asks for."""
+    if _interpreted():
+        return w >> by
+    w, by = tl.broadcast(w, by)
+    return tl.inline_asm_elementwise(
+        "{ .reg .b32 n, a, b; and.b32 n, $2, 31; shr.u32 a, $1, n; shr.u32 n, $2, 16; shr.u32 b, $1, n; prmt.b32 $0, a, b, 0x7610; }",
+        "=r,r,r",
+        [w, by],
+        dtype=tl.int16,
+        is_pure=True,
+        pack=2,
+    )
+
+
+@triton.jit
+def _masked(w, SHIFT: tl.constexpr, MASK: tl.constexpr):
+    """(w >> SHIFT) & MASK as fp16; two words at once, for 16-bit operations would unpack the operands of the tensor cores."""
+    if _interpreted():
+        return ((w >> SHIFT) & MASK).to(tl.float16, bitcast=True)
+    if SHIFT > 0:
+        text: tl.constexpr = f"{{ .reg .b32 n; shr.u32 n, $1, {SHIFT}; and.b32 $0, n, {MASK * 0x10001}; }}"
+    else:
+        text: tl.constexpr = f"and.b32 $0, $1, {MASK * 0x10001};"
+    return tl.inline_asm_elementwise(text, "=r,r", [w], dtype=tl.float16, is_pure=True, pack=2)
+
+
 @triton.jit
 def _words(
     ptr,
@@ -49,7 +82,7 @@ def _words(
     offset = c * 16 + rows if VALUES else (c // WIDTH) * (16 * WIDTH) + rows * WIDTH + c % WIDTH
     w = tl.load(ptr.to(tl.pointer_type(tl.int16)) + offset)
     if E > 1:
-        w = w >> ((s // C) * BITS).to(tl.int16)
+        w = _shift_right(w, ((s // C) * BITS).to(tl.int16))
     return w
 
 
@@ -70,9 +103,9 @@ def _bit(f, tokens):
 @triton.jit
 def _codes(w, f: tl.constexpr, BITS: tl.constexpr, TOKENS: tl.constexpr):
     """Codes of field f as fp16 subnormals: code * 2^(bit - 24), bit = _bit(f)."""
-    if f >= _direct(TOKENS):
-        w = w >> (_direct(TOKENS) * (256 // TOKENS))
-    return (w & (((1 << BITS) - 1) << _bit(f, TOKENS))).to(tl.float16, bitcast=True)
+    SHIFT: tl.constexpr = _direct(TOKENS) * (256 // TOKENS) if f >= _direct(TOKENS) else 0
+    MASK: tl.constexpr = ((1 << BITS) - 1) << _bit(f, TOKENS)
+    return _masked(w, SHIFT, MASK)
 
 
 @triton.jit
@@ -332,7 +365,7 @@ def attend(q, q_axes, constant, row_scale, tiles, sink_k, sink_v, tail_k, tail_v
                         from_centres = tl.dot(c, qcl, from_centres)
                     bias += from_centres * _factor(base + K_FACTORS, g * 2 + 1, FP8)
                 scores = ()
-                top = m
+                top = tl.full([16, ROWS], NEVER, tl.float32)
                 for j in tl.static_range(GF):
                     s = tl.zeros([16, ROWS], tl.float32)
                     if K2:
@@ -344,8 +377,9 @@ def attend(q, q_axes, constant, row_scale, tiles, sink_k, sink_v, tail_k, tail_v
                             _trits(base + K_TRIT, s3[None], ((g * GF + j) * 16 + i16)[:, None], K3, _bit((g * GF + j), TOKENS)), e3, s
                         )
                     s = (s * (by_step * (16777216.0 / (1 << _bit((g * GF + j), TOKENS)))) + bias) * scale_row[None] + shift[None]
-                    top = tl.maximum(top, tl.max(s, 0))
+                    top = tl.maximum(top, s)
                     scores = scores + (s,)  # noqa: RUF005
+                top = tl.maximum(m, tl.max(top, 0))
                 alpha = tl.exp2(m - top)
                 m = top
                 norm_sum *= alpha
@@ -361,7 +395,7 @@ def attend(q, q_axes, constant, row_scale, tiles, sink_k, sink_v, tail_k, tail_v
                     x2 = _words(base + V_TWO, u2[:, None], i16[None], V2, V2P, 2, TOKENS, 1, True)
                 if V1:
                     x1 = _words(base + V_ONE, u1[:, None], i16[None], V1, V1P, 1, TOKENS, 1, True)
-                sums = tl.zeros([ROWS], tl.float32)
+                total = tl.zeros([16, ROWS], tl.float32)
                 r2 = tl.zeros([V2P if V2 else 16, ROWS], tl.float32)
                 r1 = tl.zeros([V1P if V1 else 16, ROWS], tl.float32)
                 r3 = tl.zeros([V3P if V3 else 16, ROWS], tl.float32)
@@ -369,8 +403,7 @@ def attend(q, q_axes, constant, row_scale, tiles, sink_k, sink_v, tail_k, tail_v
                     # a common scale of 2^-9 for code * P: P = 2^(15 - bit) * 2^(score - maximum) fits fp16
                     p = tl.exp2(scores[j] - m[None] + (15 - _bit((g * GF + j), TOKENS))).to(tl.float16)
                     p32 = p.to(tl.float32) * ((1 << _bit((g * GF + j), TOKENS)) / 32768.0)
-                    here = tl.sum(p32, 0)
-                    sums += here
+                    total += p32
                     if PER_TOKEN:
                         token = (g * GF + j) * 16 + i16
                         for k in tl.static_range(D // VBLOCK):
@@ -407,6 +440,7 @@ def attend(q, q_axes, constant, row_scale, tiles, sink_k, sink_v, tail_k, tail_v
                             r3 = tl.dot(
                                 _trits(base + V_TRIT, u3[:, None], ((g * GF + j) * 16 + i16)[None], V3, _bit((g * GF + j), TOKENS)), p, r3
                             )
+                sums = tl.sum(total, 0)
                 norm_sum += sums
                 if PER_TOKEN:
                     if V2:
