@@ -10,6 +10,7 @@ from . import ops
 from .errors import AttentionNotEnabledError, CacheStateError, ModelMismatchError, ShapeError
 from .ops.append import MAX_NEW
 from .ops.heads import HeadSet
+from .ops.step import LayerStep
 from .plan import HeadGroup, LayerShape
 from .stores.base import Memory, Prompt, Store
 from .stores.packed import RECENT_QUERIES, PackedStore
@@ -70,10 +71,19 @@ class CompressedLayer:
     """
 
     def __init__(
-        self, index: int, groups: tuple[HeadGroup, ...], shape: LayerShape, backend: str, dtype: torch.dtype | None = None
+        self,
+        index: int,
+        groups: tuple[HeadGroup, ...],
+        shape: LayerShape,
+        backend: str,
+        dtype: torch.dtype | None = None,
+        real_only: bool = False,
     ) -> None:
-        """dtype: of tokens that are kept whole; None: the model's."""
+        """dtype: of tokens that are kept whole; None: the model's. real_only: never store padding."""
         self.index, self.groups, self.shape, self.backend, self.dtype = index, groups, shape, backend, dtype
+        self.real_only = real_only
+        self.step: LayerStep | None = None
+        self.scale = 0.0
         self.stores: list[Store] = []
         self.segments: list[Segment] = []
         self.staged: tuple[Tensor, Tensor] | None = None
@@ -114,6 +124,13 @@ class CompressedLayer:
                 f"Layer {self.index} was given new tokens before it attended to the last ones: this model does not use the attention "
                 "function of bitsandheads. Call bitsandheads.enable(model) first."
             )
+        self.check(k, v)
+        if not self.stores:
+            self.make_stores(k, v)
+        self.staged = k, v
+
+    def check(self, k: Tensor, v: Tensor) -> None:
+        """Raise ModelMismatchError or ShapeError where a chunk does not belong to this layer."""
         expected = (self.shape.kv_heads, self.shape.head_dim)
         for name, x in (("keys", k), ("values", v)):
             if x.ndim != 4 or (x.shape[1], x.shape[3]) != expected:
@@ -121,14 +138,11 @@ class CompressedLayer:
                     f"Layer {self.index} was given {name} of shape {list(x.shape)}; this cache was made for {expected[0]} KV heads with "
                     f"head_dim {expected[1]}. Make the cache from the configuration of the model that it is used with."
                 )
-        if not self.stores:
-            self.make_stores(k, v)
-        elif k.shape[0] != self.batch:
+        if self.stores and k.shape[0] != self.batch:
             raise ShapeError(
                 f"Layer {self.index} holds {self.batch} sequences and was given {k.shape[0]}. Use batch_repeat_interleave or "
                 "batch_select_indices to change the batch, or reset() to start anew."
             )
-        self.staged = k, v
 
     def make_stores(self, k: Tensor, v: Tensor) -> None:
         """Make empty stores for tensors like k and v [B, H_kv, any, D]."""
@@ -142,7 +156,7 @@ class CompressedLayer:
             elif g.window is not None:
                 self.stores.append(WindowStore(heads, kg, vg, g.window.sink, g.window.recent, self.backend))
             else:
-                keep = whole and ops.resolve_backend(self.backend, k.device) == "reference"
+                keep = whole and not self.real_only and ops.resolve_backend(self.backend, k.device) == "reference"
                 self.stores.append(WholeStore(heads, kg, vg, self.backend, keep_padding=keep))
 
     def _pick(self, x: Tensor, heads: tuple[int, ...]) -> Tensor:
@@ -163,6 +177,7 @@ class CompressedLayer:
             raise CacheStateError(f"Layer {self.index} has no staged tokens; call update() before the attention function.")
         k, v = self.staged
         self.staged = None
+        self.scale = scale
         n = k.shape[2]
         first = not self.segments
         self._take_scores(n, chunk)
@@ -265,6 +280,42 @@ class CompressedLayer:
         weight = real.to(device=q.device, dtype=torch.float32)
         return Prompt(queries, weight, scale, self.scores)
 
+    # -- fixed capacity (see fixed.py) ------------------------------------------------------------------------------------------------
+
+    def fix(self, capacity: int) -> None:
+        """Put everything into buffers for `capacity` tokens of each sequence, and make `step`, which works on them without the host."""
+        if not all(store.steady for store in self.stores):
+            raise CacheStateError(
+                f"Layer {self.index} has windowed heads whose sinks are not full, because a prompt is shorter than a sink. A cache of fixed "
+                "capacity cannot go on from there: give longer prompts, or make the cache without capacity."
+            )
+        self.step = LayerStep.of([store.fix(capacity) for store in self.stores])
+        like = self.stores[0].tail.k
+        if like.is_cuda:
+            self.step.warm(like.new_zeros(self.batch, self.shape.q_heads, 1, self.shape.head_dim), self.shape.kv_heads, self.backend)
+
+    def settle(self) -> None:
+        """After steps: let packed tiles leave the tails, on the device."""
+        like = self.stores[0].tail.k
+        nothing = like.new_empty(like.shape[0], self.shape.kv_heads, 0, like.shape[3])
+        ops.append(nothing, nothing, [store.growing(0) for store in self.stores], self.backend)
+
+    def adopt(self, counts: list[list[list[int]]], tokens: int) -> None:
+        """Take over the device's counts [stores, 4, B] after `tokens` steps."""
+        for store, own in zip(self.stores, counts, strict=True):
+            store.adopt(own, tokens)
+        if tokens:
+            self._record(tokens, None)
+        if self.scores is not None:
+            self.scores = [torch.cat([s, s.new_full((tokens,), -torch.inf)]) for s in self.scores]
+
+    def start(self) -> None:
+        """Pack the sequences that have become long enough for it, as `attend` does after a chunk."""
+        for store in self.stores:
+            if isinstance(store, PackedStore):
+                queries = store.tail.k.new_empty(self.batch, len(store.kv_heads), store.query_group, 0, self.shape.head_dim)
+                store.compress(Prompt(queries, queries.new_empty(self.batch, 0, dtype=torch.float32), self.scale, self.scores))
+
     # -- the rest of the cache contract -------------------------------------------------------------------------------------------
 
     def check_crop(self, remove: int) -> None:
@@ -309,7 +360,7 @@ class CompressedLayer:
 
     def reset(self) -> None:
         """Forget everything."""
-        self.stores, self.segments, self.staged, self.token_scores, self.scores = [], [], None, None, None
+        self.stores, self.segments, self.staged, self.token_scores, self.scores, self.step = [], [], None, None, None, None
 
     def select(self, index: Tensor) -> None:
         """Keep these sequences, in this order."""

@@ -202,8 +202,12 @@ class KVQuant:
 
     def start_tiles(self, tokens: int) -> int:
         """Tiles that are packed when packing starts with `tokens` real tokens; 0: it does not start yet."""
-        body = tokens - self.sink - self.heavy - self.residual
-        return body // self.tile if body >= -(-self.basis_tokens // self.tile) * self.tile else 0
+        return (tokens - self.sink - self.heavy - self.residual) // self.tile if tokens >= self.start_length else 0
+
+    @property
+    def start_length(self) -> int:
+        """Real tokens with which packing starts."""
+        return self.sink + self.heavy + self.residual + -(-self.basis_tokens // self.tile) * self.tile
 
     def __post_init__(self) -> None:
         _one_of("KVQuant.tile", self.tile, TILE_SIZES)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..ops.append import Growing, append
 from ..ops.heads import HeadSet
+from ..ops.step import Held
 from .tail import Tail
 
 NEVER = 2**31 - 1  # limit of a tail that gives no tokens away
@@ -147,6 +148,17 @@ class Store(ABC):
     def lossless(self) -> bool:
         """Whether every token that was appended is still held whole, in one piece, for all sequences alike."""
         return False
+
+    @abstractmethod
+    def fix(self, capacity: int) -> Held:
+        """Move into buffers that hold `capacity` real tokens of each sequence and stay where they are while `ops.step` appends, attends and packs.
+
+        The caller has seen that the store is `steady` and holds no more than that.
+        """
+
+    def adopt(self, counts: list[list[int]], tokens: int) -> None:
+        """Take over the device's counts [4, B] after steps have added `tokens` tokens to every sequence."""
+        self.tail.count = counts[2]
 
     @abstractmethod
     def _host_counts(self) -> list[list[int]]:

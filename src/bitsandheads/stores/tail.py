@@ -31,6 +31,7 @@ class Tail:
         self.v = v.new_zeros(*v.shape[:2], 0, v.shape[3])
         self.count = [0] * k.shape[0]
         self.borrowed = False
+        self.keep = 0  # least capacity that `trim` leaves
 
     @property
     def uniform(self) -> int | None:
@@ -53,6 +54,12 @@ class Tail:
             return new
 
         self.k, self.v, self.borrowed = move(self.k), move(self.v), False
+
+    def fix(self, capacity: int) -> None:
+        """Move to a buffer of exactly this capacity, unless it is there already, and stay in it."""
+        self.keep = capacity
+        if self.borrowed or self.k.shape[2] != capacity:
+            self.resize(capacity)
 
     def append(self, k: Tensor, v: Tensor, valid: Tensor | None) -> None:
         """Add tokens k, v [B, h, n, D]; valid: bool [B, n] on the CPU, or None when all are real.
@@ -101,7 +108,7 @@ class Tail:
 
     def trim(self, capacity: int) -> None:
         """Fall back to `capacity`, or what is in use, if the buffer is far larger."""
-        capacity = max(capacity, *self.count)
+        capacity = max(capacity, self.keep, *self.count)
         if not self.borrowed and self.k.shape[2] > 2 * capacity:
             self.resize(capacity)
 

@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from ..ops.heads import HeadSet
+from ..ops.step import Held
 from .base import NEVER, Memory, Prompt, Store
 
 
@@ -34,6 +35,11 @@ class WholeStore(Store):
     def heads(self) -> HeadSet:
         """See Store.heads."""
         return HeadSet(self.kv_heads, self.tail.k, self.tail.v, self.lengths)
+
+    def fix(self, capacity: int) -> Held:
+        """See Store.fix."""
+        self.tail.fix(capacity)
+        return Held(self.heads(), self.counts, self.leave)
 
     @property
     def lossless(self) -> bool:

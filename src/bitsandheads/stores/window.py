@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ..errors import CacheStateError
 from ..ops.heads import HeadSet
+from ..ops.step import Held
 from .base import Memory, Prompt, Store
 from .tail import Tail, check_counts
 
@@ -97,6 +98,18 @@ class WindowStore(Store):
     def heads(self) -> HeadSet:
         """See Store.heads."""
         return HeadSet(self.kv_heads, self.tail.k, self.tail.v, self.lengths, sink_k=self.first.k, sink_v=self.first.v, window=self.recent)
+
+    def fix(self, capacity: int) -> Held:
+        """See Store.fix."""
+        self.first.fix(self.sink)
+        self.tail.fix(max(min(self._limit, capacity - self.sink), 1))
+        return Held(self.heads(), self.counts, self.leave)
+
+    def adopt(self, counts: list[list[int]], tokens: int) -> None:
+        """See Store.adopt."""
+        total = [n + tokens for n in self.appended()]
+        super().adopt(counts, tokens)
+        self.dropped = [n - first - tail for n, first, tail in zip(total, self.first.count, self.tail.count, strict=True)]
 
     def select(self, index: Tensor) -> None:
         """See Store.select."""

@@ -1,0 +1,87 @@
+"""Fixed capacity: decode steps that the host takes no part in, so that they can be compiled and captured in a CUDA graph.
+
+The cache is in one of two states. On the host's side every layer works as in layer.py, and the host knows all counts. While it is
+*running*, buffers do not move, counts advance on the device alone, and a step of a layer is one operator (ops.step). `enter` and
+`leave` go from one to the other; a prompt, crop, beams, saving and every report of memory happen on the host's side.
+"""
+
+import torch
+from torch import Tensor
+
+from .errors import CacheStateError
+from .layer import CompressedLayer
+from .stores.packed import PackedStore
+
+
+class FixedCapacity:
+    """The state of a cache of fixed capacity.
+
+    Attributes:
+        capacity: tokens of a sequence, padding included.
+        layers: the compressed layers.
+        running: whether steps advance on the device alone.
+        clock: int64 scalar on the device, logical tokens while running.
+    """
+
+    def __init__(self, capacity: int, layers: list[CompressedLayer]) -> None:
+        self.capacity, self.layers = capacity, layers
+        self.running = False
+        self.clock = torch.zeros((), dtype=torch.int64)
+        self.wakes: int | None = None  # the clock at which the next sequence finds its basis
+
+    def before(self, tokens: int) -> None:
+        """Called on the host before each pass with `tokens` new tokens of every sequence."""
+        if tokens != 1 or not self.layers[0].stores:
+            self.leave()
+            self.check_room(self.layers[0].tokens + tokens)
+        elif not self.running:
+            self.enter()
+        elif self.wakes is not None and int(self.clock) >= self.wakes:
+            self.leave()
+            for layer in self.layers:
+                layer.start()
+            self.enter()
+
+    def check_room(self, tokens: int) -> None:
+        """Raise CacheStateError where `tokens` tokens of a sequence do not fit."""
+        if tokens > self.capacity:
+            raise CacheStateError(
+                f"The cache was made for {self.capacity} tokens of each sequence, padding included, and is to hold {tokens}. Make it with a "
+                "larger capacity (prompt and new tokens together), generate less, or reset() it."
+            )
+
+    def enter(self) -> None:
+        """Hand the counts over to the device."""
+        tokens = self.layers[0].tokens
+        self.check_room(tokens + 1)
+        for layer in self.layers:
+            layer.fix(self.capacity)
+        if self.clock.device != self.layers[0].stores[0].counts.device:
+            self.clock = self.clock.to(self.layers[0].stores[0].counts.device)
+        self.clock.fill_(tokens)
+        for t in (self.clock, *(t for layer in self.layers if layer.step for t in (*layer.step.written, *layer.step.read))):
+            torch._dynamo.mark_static_address(t)
+        waiting = [s.steps_to_start() for layer in self.layers for s in layer.stores if isinstance(s, PackedStore)]
+        self.wakes = min((tokens + n for n in waiting if n is not None), default=None)
+        self.running = True
+
+    def leave(self) -> None:
+        """Take the counts back, with one transfer."""
+        if not self.running:
+            return
+        self.running = False
+        tokens = int(self.clock)
+        self.check_room(tokens)
+        for layer in self.layers:
+            layer.settle()
+        counts: list[Tensor] = [torch.stack([store.counts for store in layer.stores]).to(self.clock.device) for layer in self.layers]
+        steps = tokens - self.layers[0].stored_tokens
+        at = 0
+        every = torch.cat(counts).tolist()
+        for layer in self.layers:
+            layer.adopt(every[at : at + len(layer.stores)], steps)
+            at += len(layer.stores)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.running, self.wakes = False, None
