@@ -357,8 +357,7 @@ def evaluate(model: Model, count: int, frames: int, batch: int) -> dict[str, obj
         movie = torch.full((len(part), video_tokens(model.config, frames)), model.config.video_token_index)
         ids = torch.cat([movie, text.input_ids], 1).to(device)  # the pads lie between clip and question, masked
         mask = torch.cat([torch.ones_like(movie), text.attention_mask], 1).to(device)
-        numbers = torch.tensor([s.clip[0] for s in part], device=device)
-        clips = video.render(video.simulate(numbers, frames)[0])
+        clips = video.frames_of(part, device)
         inputs = {"input_ids": ids, "attention_mask": mask, "pixel_values_videos": pixels(clips).to(model.dtype)}
         got = model.generate(**inputs, max_new_tokens=2, do_sample=False)[:, ids.shape[1] :]
         for s, tokens in zip(part, got.tolist(), strict=True):

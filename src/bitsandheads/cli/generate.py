@@ -17,7 +17,9 @@ def generate(
     plan: Annotated[str, typer.Option(help="Preset or plan file.")] = "balanced",
     frames: Annotated[int, typer.Option(min=1, help="Frames of each video, spread evenly over it.")] = 32,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer, at most.")] = 128,
-    packed_question: Annotated[bool, typer.Option(help="Pack the clip before the question is read, so that it is seen packed only.")] = False,
+    packed_question: Annotated[
+        bool, typer.Option(help="Pack the clip before the question is read, so that it is seen packed only.")
+    ] = False,
     reader: Annotated[str, typer.Option(help='"auto", "torchcodec" or "pyav".')] = "auto",
     backend: Annotated[str, typer.Option(help='"auto", "reference", "triton" or "cuda".')] = "auto",
     device: Annotated[str | None, typer.Option(help="Default: cuda if there is one, else cpu.")] = None,
@@ -38,8 +40,8 @@ def generate(
     answers = []
     for turn, question in enumerate(prompt):
         with console.status("reading and answering"):
-            media = (clips, image or ()) if not turn else ((), ())
-            answer = session.ask(question, *media, max_new_tokens=max_new_tokens, packed_question=packed_question)
+            videos, images = (clips, image or ()) if not turn else ((), ())
+            answer = session.ask(question, videos, images, max_new_tokens=max_new_tokens, packed_question=packed_question)
         answers.append(answer)
         if len(prompt) > 1:
             console.print(f"[dim]{question}[/dim]", highlight=False)

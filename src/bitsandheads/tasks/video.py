@@ -5,7 +5,7 @@ clip, frames, questions and answers. A clip belongs to the test split if the has
 is ever trained on. Whole batches of clips are simulated and rendered at once, fast enough to train on without storing any.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -485,9 +485,15 @@ def text(template: int, a: int, b: int) -> str:
 
 @dataclass(frozen=True)
 class VideoSample(Sample):
-    """A question about a clip. clip: the clip's number and length; `frames(sample)` renders it."""
+    """A question about a clip.
+
+    Attributes:
+        clip: the clip's number and its frames; `frames_of(samples)` renders it.
+        before: another question about the clip and its answer, for a turn before this one.
+    """
 
     clip: tuple[int, int] = (0, 0)
+    before: tuple[str, str] = ("", "")
 
 
 def samples(count: int, split: Split = "test", frames: int = 32, per_clip: int = 8, start: int = 0) -> Iterator[VideoSample]:
@@ -503,21 +509,28 @@ def samples(count: int, split: Split = "test", frames: int = 32, per_clip: int =
         start += block
         if not len(scenes.ids):
             continue
-        asked = questions(scenes, per_clip)
+        asked = questions(scenes, per_clip + 1)
         for n, clip in enumerate(scenes.ids.tolist()):
-            for q in range(per_clip):
-                if done == count or not asked.valid[n, q]:
-                    break
-                template, a, b, answer = (int(x[n, q]) for x in (asked.template, asked.a, asked.b, asked.answer))
-                name = f"video-{split}-{frames}-{clip}-{q}"
-                yield VideoSample(name, text(template, a, b), ANSWERS[answer], TEMPLATES[template][0], clip=(clip, frames))
+            turns = [_turn(asked, n, q) for q in range(per_clip + 1) if asked.valid[n, q]]
+            for q, (question, answer, kind) in enumerate(turns[1:]):
+                if done == count:
+                    return
+                yield VideoSample(f"video-{split}-{frames}-{clip}-{q}", question, answer, kind, clip=(clip, frames), before=turns[0][:2])
                 done += 1
 
 
-def frames_of(sample: VideoSample) -> Tensor:
-    """The clip's frames, uint8 [T, 3, SIZE, SIZE]."""
-    number, frames = sample.clip
-    return render(simulate(torch.tensor([number]), frames)[0])[0]
+def _turn(asked: Questions, n: int, q: int) -> tuple[str, str, str]:
+    """Question, answer and kind."""
+    template, a, b, answer = (int(x[n, q]) for x in (asked.template, asked.a, asked.b, asked.answer))
+    return text(template, a, b), ANSWERS[answer], TEMPLATES[template][0]
+
+
+def frames_of(samples: Sequence[VideoSample], device: torch.device | str = "cpu") -> Tensor:
+    """The clips of samples that are equally long, uint8 [B, T, 3, SIZE, SIZE]."""
+    lengths = {s.clip[1] for s in samples}
+    if len(lengths) != 1:
+        raise VideoTaskError(f"The samples' clips have {sorted(lengths)} frames; render those of one length together.")
+    return render(simulate(torch.tensor([s.clip[0] for s in samples], device=device), lengths.pop())[0])
 
 
 def score(sample: Sample, output: str) -> float:
