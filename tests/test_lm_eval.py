@@ -22,7 +22,7 @@ from bitsandheads.models import load
 from bitsandheads.tasks import Sample
 
 TEXT = "It is a truth universally acknowledged, that a single man in possession of a good fortune, must be in want of a wife. " * 3
-QUESTIONS = [TEXT[i * 7 : 300 + i * 3] for i in range(5)]
+QUESTIONS = [TEXT[i * 7 : 300 + i * 3] for i in range(3)]
 CHOICES = ["it", "must be", "a single man in possession of a good fortune, must be"]
 
 GENERATE = """

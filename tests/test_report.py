@@ -195,9 +195,10 @@ def test_what_the_sections_hold(everything):
 
 
 def test_plots_as_files(everything, tmp_path):
-    done = CliRunner().invoke(app, ["report", *map(str, everything), "-o", str(tmp_path / "out.html"), "--plots", str(tmp_path / "plots")])
+    sources = [p for p in everything if p.stem in ("clips", "heads")]
+    done = CliRunner().invoke(app, ["report", *map(str, sources), "-o", str(tmp_path / "out.html"), "--plots", str(tmp_path / "plots")])
     assert done.exit_code == 0, done.exception
-    figures = sum(len(s.figures) for s in content.sections(read(everything)))
+    figures = sum(len(s.figures) for s in content.sections(read(sources)))
     for suffix, start in (("png", b"\x89PNG"), ("svg", b"<?xml")):
         files = sorted((tmp_path / "plots").glob(f"*.{suffix}"))
         assert len(files) == figures and all(f.read_bytes().startswith(start) for f in files)
