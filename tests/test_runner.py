@@ -24,6 +24,7 @@ SMALL = bh.KVQuant(
     group_size=32, residual=32, tile=32, sink=0,
 )  # fmt: skip
 PACKED = bh.CachePlan("packed", (bh.HeadGroup(quant=SMALL),))
+TIGHT = bh.CachePlan("tight", (bh.HeadGroup(window=bh.Window(1, 2)),))
 WINDOW = bh.CachePlan("window", (bh.HeadGroup(window=bh.Window(4, 16)),))
 
 
@@ -125,6 +126,26 @@ def test_sampling_follows_the_seed(model):
     assert run(0) == run(0)
     assert run(0) != run(1)
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_a_packed_prompt_gives_the_first_token_too(model):
+    """With whole tokens nothing changes; with packed ones the first token is what the packed cache says."""
+
+    def firsts(factory, way):
+        made = generate_records(model, tok, t, factory, plan="p", batch_size=3, generate=way)
+        return {r.id: r.output for r in flat(made)}
+
+    tok, t = tokenizer(), task(6, new=1)
+    whole = lambda m, b: DynamicCache(config=m.config)  # noqa: E731
+    assert firsts(whole, runner.behind_packed_prompt) == firsts(whole, runner.through_transformers)
+    packed = firsts(plan_cache(TIGHT), runner.behind_packed_prompt)
+    expected = {}
+    for s in t.samples:
+        ids = tok(s.prompt, return_tensors="pt").input_ids
+        cache = plan_cache(TIGHT)(model, 1)
+        model(ids[:, :-1], past_key_values=cache)
+        expected[s.id] = tok.decode(model(ids[:, -1:], past_key_values=cache).logits[0, -1].argmax(), skip_special_tokens=True)
+    assert packed == expected != firsts(plan_cache(TIGHT), runner.through_transformers)
 
 
 def test_repetition():

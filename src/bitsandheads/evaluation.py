@@ -14,7 +14,7 @@ from .errors import TaskError
 from .eval import fidelity
 from .eval.benchmarks import Options, get_task
 from .eval.environment import default_text
-from .eval.runner import evaluate, plan_cache
+from .eval.runner import behind_packed_prompt, evaluate, plan_cache, through_transformers
 from .eval.runs import RunFolder
 from .eval.tasks import Task
 from .methods import get_plan
@@ -38,6 +38,7 @@ class Settings:
     text: Path | None = None
     device: str | None = None
     backend: str = "auto"
+    packed_prompt: bool = False
 
 
 def whole_numbers(what: str, values: Iterable[int | str]) -> tuple[int, ...]:
@@ -150,5 +151,7 @@ def run(settings: Settings, folder: Path, console: Console) -> list[dict[str, An
                 fidelity.evaluate(model, tokenizer, text, plans, out, contexts, windows, backend=settings.backend, tick=tick)
                 continue
             caches = {p.name: plan_cache(p, backend=settings.backend) for p in plans}
-            evaluate(model, tokenizer, task, caches, out, batch_size=settings.batch_size, sampling=sampling, seeds=seeds, tick=tick)
+            generate = behind_packed_prompt if settings.packed_prompt else through_transformers
+            size = settings.batch_size
+            evaluate(model, tokenizer, task, caches, out, batch_size=size, sampling=sampling, seeds=seeds, tick=tick, generate=generate)
         return out.records()

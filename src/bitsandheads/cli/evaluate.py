@@ -36,6 +36,7 @@ def evaluate(
     text: Annotated[Path | None, typer.Option(help="Long text of fidelity and needle. Default: chapters of Pride and Prejudice.")] = None,
     device: Annotated[str | None, typer.Option(help='Default: "cuda" if there is one, else "cpu".')] = None,
     backend: Annotated[str, typer.Option(help="auto, reference, triton or cuda.")] = "auto",
+    packed_prompt: Annotated[bool, typer.Option(help="Pack the prompt before the answer's first token is chosen.")] = False,
 ) -> None:
     """Let a model do tasks with each plan: one record for each sample, and a table with paired differences to bf16."""
     from ..evaluation import Settings, run
@@ -54,6 +55,7 @@ def evaluate(
         text=text,
         device=device,
         backend=backend,
+        packed_prompt=packed_prompt,
     )
     try:
         records = run(settings, output, console)

@@ -27,6 +27,7 @@ NGRAM = 16  # tokens of the n-grams that `repetition` counts
 FULL_ITEMSIZE = 2  # bytes of an element in full precision (bfloat16)
 
 CacheFactory = Callable[[Any, int], Any]  # (model, batch) -> an empty cache of transformers
+Generate = Callable[[Any, Mapping[str, Tensor], Any, Any], Tensor]  # (model, inputs, cache, GenerationConfig) -> prompts and answers [B, n]
 
 
 @dataclass(frozen=True)
@@ -168,6 +169,30 @@ def batches(task: Task, rows: Sequence[Sequence[int]] | None, batch_size: int) -
 # -- generation ---------------------------------------------------------------------------------------------------------------
 
 
+def through_transformers(model: Any, inputs: Mapping[str, Tensor], cache: Any, config: Any) -> Tensor:
+    """Answers by the model's own `generate` with this cache. As in use, the first token comes from the prompt in full precision."""
+    with enabled(model):
+        return model.generate(**inputs, past_key_values=cache, generation_config=config)
+
+
+@torch.no_grad()
+def behind_packed_prompt(model: Any, inputs: Mapping[str, Tensor], cache: Any, config: Any) -> Tensor:
+    """The same after the prompt but its last token was read and packed, so that the first token, too, comes from the packed cache.
+
+    Raises:
+        TaskError: prompts of more than text.
+    """
+    more = sorted(inputs.keys() - {"input_ids", "attention_mask"})
+    if more:
+        raise TaskError(f"Only prompts of text alone can be packed before the answer begins; these bring {', '.join(more)}.")
+    ids, mask = inputs["input_ids"][:, :-1], inputs["attention_mask"][:, :-1]
+    with enabled(model):
+        if ids.shape[1]:
+            positions = (mask.cumsum(1) - 1).clamp(min=0)
+            model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1)
+        return model.generate(**inputs, past_key_values=cache, generation_config=config)
+
+
 def generation_config(model: Any, tokenizer: Any, max_new_tokens: int, sampling: Mapping[str, Any] | None) -> Any:
     """The model's own, greedy or with these sampling settings, with a padding token.
 
@@ -212,6 +237,7 @@ def generate_records(
     sampling: Mapping[str, Any] | None = None,
     seed: int = 0,
     done: Collection[str] = (),
+    generate: Generate = through_transformers,
 ) -> Iterator[list[Record]]:
     """Answer the samples of a task, batch by batch, the longest prompts first.
 
@@ -222,6 +248,7 @@ def generate_records(
         plan: what the records call the cache.
         sampling: see `generation_config`.
         seed: of the samples drawn; each batch has a random stream of its own.
+        generate: how answers are made: `through_transformers`, `behind_packed_prompt`, or another way.
         done: ids that need no record. A batch all of whose ids are done is not run; of another one only the missing records come.
     Yields:
         The new records of a batch.
@@ -238,7 +265,7 @@ def generate_records(
         if all(s.id in done for s in samples):
             continue
         inputs = left_padded([rows[i] for i in members], config.pad_token_id) if rows else task.encode(tokenizer, samples)  # type: ignore[misc]
-        records = _run_batch(model, tokenizer, task, samples, inputs, cache_factory, config, plan, seed, number)
+        records = _run_batch(model, tokenizer, task, samples, inputs, cache_factory, config, plan, seed, number, generate)
         yield [r for r in records if r.id not in done]
 
 
@@ -254,6 +281,7 @@ def _run_batch(
     plan: str,
     seed: int,
     number: int,
+    generate: Generate,
 ) -> list[Record]:
     device, batch = model.device, len(samples)
     cuda = device.type == "cuda"
@@ -261,10 +289,9 @@ def _run_batch(
         torch.cuda.reset_peak_memory_stats(device)
     started = time.perf_counter()
     cache = cache_factory(model, batch)
-    with enabled(model), torch.random.fork_rng([device] if cuda else []):
+    with torch.random.fork_rng([device] if cuda else []):
         torch.manual_seed(seed * 1_000_003 + number)
-        on_device = {k: v.to(device) for k, v in inputs.items()}
-        out = model.generate(**on_device, past_key_values=cache, generation_config=config)
+        out = generate(model, {k: v.to(device) for k, v in inputs.items()}, cache, config)
     new = out[:, inputs["input_ids"].shape[1] :].cpu()
     seconds = time.perf_counter() - started
     peak, held = _peak_bytes(device), held_bytes(cache)
@@ -315,19 +342,30 @@ def evaluate(
     sampling: Mapping[str, Any] | None = None,
     seeds: Sequence[int] = (0,),
     tick: Callable[[int], None] = lambda n: None,
+    generate: Generate = through_transformers,
 ) -> None:
     """Run a task with every cache and seed into a folder; what the folder already holds is not run again.
 
     Args:
         caches: name of the plan -> its cache factory.
         tick: called with the number of records that are new, and at first with those already there.
+        generate: see `generate_records`.
     """
     for plan, factory in caches.items():
         for seed in seeds:
             done = folder.done(task.name, plan, seed)
             tick(len(done))
             for records in generate_records(
-                model, tokenizer, task, factory, plan=plan, batch_size=batch_size, sampling=sampling, seed=seed, done=done
+                model,
+                tokenizer,
+                task,
+                factory,
+                plan=plan,
+                batch_size=batch_size,
+                sampling=sampling,
+                seed=seed,
+                done=done,
+                generate=generate,
             ):
                 folder.append([dataclasses.asdict(r) for r in records])
                 tick(len(records))
