@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from real_caches import FILE, real_caches
 
 from bitsandheads.methods import get_plan
 from bitsandheads.ops import backends, decode_attention, reference
@@ -107,3 +108,31 @@ def test_graph_with_changing_lengths(backend: str) -> None:
         graph.replay()
         want, _ = reference.decode_attention(q.double(), [s], 0.1, dtype=torch.float64)
         assert ((out.double() - want).norm() / want.norm()) < 3e-3
+
+
+@pytest.mark.skipif(not FILE.is_file(), reason="no recorded caches")
+def test_real_caches(backend: str) -> None:
+    """What SmolLM2-135M held in three layers under two plans."""
+    for name, q, heads in real_caches("cuda"):
+        out, lse = decode_attention(q, [heads], 0.125, backend=backend)
+        want, want_lse = reference.decode_attention(q.double(), [heads], 0.125, dtype=torch.float64)
+        rounded = (want.to(q.dtype).double() - want).norm() / want.norm()
+        assert ((out.double() - want).norm() / want.norm()) < rounded + 1e-3, name
+        assert (lse - want_lse).abs().max() < 5e-3, name
+
+
+def test_compiled_without_a_graph_break(backend: str) -> None:
+    s = head_set(BALANCED, 128, (0, 1), [6, 6], [9, 3], [140, 17])
+    q = torch.randn(2, 14, 1, 128, device="cuda", dtype=torch.bfloat16)
+
+    def step(q: torch.Tensor) -> torch.Tensor:
+        return decode_attention(q * 2, [s], 0.1, backend=backend)[0] + 1
+
+    want = step(q)
+    assert torch.equal(torch.compile(step, fullgraph=True, backend="aot_eager")(q), want)
+
+
+def test_many_short_heads(backend: str) -> None:
+    """More heads than multiprocessors, some with windows: several of them share a CTA."""
+    sets = [head_set(BALANCED, 128, (0, 1, 2), [6] * 40, [7] * 20 + [33] * 20, [192] * 40)]
+    check(backend, [*sets, head_set(None, 128, (3,), [4] * 40, [0] * 40, [60] * 40, window=30)], 28)
