@@ -194,6 +194,16 @@ def test_what_the_sections_hold(everything):
     assert len(found["speed"].figures[0].series[0].points) == 2 and len(found["speed"].tables[0].rows) == 3
 
 
+def test_runs_that_differ_in_their_plans_are_one(tmp_path):
+    for name, plan in (("a", "bf16"), ("b", "balanced"), ("c", "balanced")):
+        config = {"model": "m", "samples": 3 if name == "c" else 4, "plans": {plan: "digest"}}
+        with RunFolder(tmp_path / name, config, {"plans": {plan: {"bytes": {"512": 1}}}}) as run:
+            run.append(record(p, "t", i, 1.0) for p in {plan, "bf16"} for i in range(4))
+    found = read([tmp_path / n for n in "abc"]).runs
+    assert [(r.name, len(r.records)) for r in found] == [("a, b", 8), ("c", 8)]
+    assert set(found[0].about["facts"]["plans"]) == {"bf16", "balanced"}
+
+
 def test_plots_as_files(everything, tmp_path):
     sources = [p for p in everything if p.stem in ("clips", "heads")]
     done = CliRunner().invoke(app, ["report", *map(str, sources), "-o", str(tmp_path / "out.html"), "--plots", str(tmp_path / "plots")])

@@ -9,7 +9,7 @@ from typing import Any
 from ...errors import BitsAndHeadsError
 from ...scores import HeadScores
 from .. import fidelity
-from ..runs import RUN, read_records, read_run
+from ..runs import KEY, RUN, read_records, read_run
 
 Rows = list[dict[str, Any]]
 
@@ -84,11 +84,27 @@ def read(paths: Sequence[Path]) -> Sources:
             raise ReportError(
                 f"{path} is no run folder (it has no {RUN}) and no file. Give folders of `bitsandheads eval`, .json or .tsv files."
             )
+    out.runs = _merged(out.runs)
     for run in out.runs:
         texts = [r for r in run.records if r["task"] == fidelity.TASK]
         if texts:
             out.fidelity.append(File(run.name, {"model": run.model}, fidelity.summarise(texts)))
     return out
+
+
+def _merged(runs: Sequence[Run]) -> list[Run]:
+    """Runs that differ in their plans only become one; a record that several have is taken once."""
+    out: dict[str, Run] = {}
+    for run in runs:
+        key = json.dumps({k: v for k, v in run.about["config"].items() if k != "plans"}, sort_keys=True)
+        first = out.setdefault(key, run)
+        if first is run:
+            continue
+        known = {tuple(r[k] for k in KEY) for r in first.records}
+        records = first.records + [r for r in run.records if tuple(r[k] for k in KEY) not in known]
+        plans = first.about.get("facts", {}).get("plans", {}) | run.about.get("facts", {}).get("plans", {})
+        out[key] = Run(f"{first.name}, {run.name}", first.about | {"facts": {"plans": plans}}, records)
+    return list(out.values())
 
 
 def _results(path: Path) -> tuple[str, File]:
