@@ -22,6 +22,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from bitsandheads.eval.clips import encode, pixels, video_tokens
 from bitsandheads.tasks import video
 
 Model = transformers.LlavaOnevisionForConditionalGeneration
@@ -140,17 +141,6 @@ def model_config(c: Config) -> transformers.LlavaOnevisionConfig:
     )
 
 
-def pixels(frames: Tensor) -> Tensor:
-    """uint8 frames -> what the processor gives the model: 0..255 to -1..1, float32."""
-    return (frames.float() / 255 - 0.5) / 0.5
-
-
-def video_tokens(config: transformers.LlavaOnevisionConfig, frames: int) -> int:
-    """Tokens of a clip in the language model: patches after 2 x 2 pooling, and the newline."""
-    side = math.ceil(config.vision_config.image_size // config.vision_config.patch_size / 2)
-    return frames * side * side + 1
-
-
 class Encoder:
     """Questions of whole batches to token ids, by table."""
 
@@ -169,8 +159,8 @@ class Encoder:
         """All questions of a clip with their answers, one after another, cut at WORDS_EACH tokens for each.
 
         Returns:
-            ids [N, L] padded on the right; the next token where it is an answer or its end, else -100: [N, L - 1]; templates of those
-            places where it is an answer, else the number of templates: [N, L - 1].
+            ids [N, L] padded on the right; the next token of ids[:, 1:] where it is an answer or its end, else -100: [N, L - 2];
+            templates of those places where it is an answer, else the number of templates: [N, L - 2].
         """
         pad = self.id[PAD]
         ids = self.table[asked.template]
@@ -183,8 +173,8 @@ class Encoder:
         which[..., -2], which[..., -1] = asked.template, len(video.TEMPLATES)
         order = (ids.flatten(1) == pad).int().argsort(dim=1, stable=True)[:, : WORDS_EACH * asked.valid.shape[1]]
         ids, which = (x.flatten(1).gather(1, order) for x in (ids, which))
-        wanted = (which[:, 1:] >= 0) & (ids[:, 1:] != pad)
-        return ids, torch.where(wanted, ids[:, 1:], -100), torch.where(wanted, which[:, 1:], len(video.TEMPLATES))
+        wanted = (which[:, 2:] >= 0) & (ids[:, 2:] != pad)
+        return ids, torch.where(wanted, ids[:, 2:], -100), torch.where(wanted, which[:, 2:], len(video.TEMPLATES))
 
 
 class Stream:
@@ -233,15 +223,15 @@ class Step:
     """Forward, backward and update on fixed buffers: on a GPU recorded once as a CUDA graph, then replayed.
 
     Attributes:
-        clips: uint8 [B, T, 3, SIZE, SIZE]; ids: [B, L]; target: [B, L - 1]; to be filled before `run`.
-        loss, hits: results of the last `run`; hits: bool [B, L - 1].
+        clips: uint8 [B, T, 3, SIZE, SIZE]; ids: [B, L]; target: [B, L - 2], the next token of ids[:, 1:] or -100; to be filled before
+            `run`. loss, hits: results of the last `run`; hits: bool [B, L - 2].
     """
 
     def __init__(self, model: Model, optimizer: torch.optim.Optimizer, size: int, frames: int, width: int) -> None:
         self.model, self.optimizer, device = model, optimizer, model.device
         self.clips = torch.zeros(size, frames, 3, video.SIZE, video.SIZE, dtype=torch.uint8, device=device)
         self.ids = torch.zeros(size, width, dtype=torch.long, device=device)
-        self.target = torch.zeros(size, width - 1, dtype=torch.long, device=device)
+        self.target = torch.zeros(size, width - 2, dtype=torch.long, device=device)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.loss = self.hits = torch.zeros(())
 
@@ -251,9 +241,10 @@ class Step:
             seen = model.model.get_video_features(pixels(self.clips)).pooler_output
             if seen.shape[1] < video_tokens(model.config, self.clips.shape[1]):  # transformers before 5.18 add the newline elsewhere
                 seen = torch.cat([seen, model.model.image_newline.expand(len(seen), 1, -1).to(seen.dtype)], 1)
-            tokens = torch.cat([seen, model.get_input_embeddings()(self.ids)], 1)
+            words = model.get_input_embeddings()(self.ids)
+            tokens = torch.cat([words[:, :1], seen, words[:, 1:]], 1)  # the clip stands in the first turn, as the chat template has it
             read = model.model.language_model(inputs_embeds=tokens, attention_mask={"full_attention": None}, use_cache=False)
-            logits = model.lm_head(read.last_hidden_state[:, -self.ids.shape[1] : -1])
+            logits = model.lm_head(read.last_hidden_state[:, -self.target.shape[1] - 1 : -1])
         self.loss = cross_entropy(logits.float().flatten(0, 1), self.target.flatten())
         self.loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -345,7 +336,7 @@ def train(c: Config, out: Path, minutes: float, device: torch.device) -> Model:
 
 @torch.no_grad()
 def evaluate(model: Model, count: int, frames: int, batch: int) -> dict[str, object]:
-    """Answers to `count` questions about test clips, by generation in bfloat16, each question after its own clip."""
+    """Answers to `count` questions about test clips, by generation in bfloat16, each after its own clip and one turn."""
     device, words = model.device, vocabulary()
     tok = tokenizer()
     model = model.eval()
@@ -353,13 +344,9 @@ def evaluate(model: Model, count: int, frames: int, batch: int) -> dict[str, obj
     right = {kind: [0, 0] for kind in video.KINDS}
     for i in range(0, len(rows), batch):
         part = rows[i : i + batch]
-        text = tok([f"{USER} {s.prompt} {ASSISTANT}" for s in part], return_tensors="pt", padding=True)
-        movie = torch.full((len(part), video_tokens(model.config, frames)), model.config.video_token_index)
-        ids = torch.cat([movie, text.input_ids], 1).to(device)  # the pads lie between clip and question, masked
-        mask = torch.cat([torch.ones_like(movie), text.attention_mask], 1).to(device)
-        clips = video.frames_of(part, device)
-        inputs = {"input_ids": ids, "attention_mask": mask, "pixel_values_videos": pixels(clips).to(model.dtype)}
-        got = model.generate(**inputs, max_new_tokens=2, do_sample=False)[:, ids.shape[1] :]
+        inputs = {k: v.to(device) for k, v in encode(model.config, tok, part, device).items()}
+        inputs["pixel_values_videos"] = inputs["pixel_values_videos"].to(model.dtype)
+        got = model.generate(**inputs, max_new_tokens=2, do_sample=False)[:, inputs["input_ids"].shape[1] :]
         for s, tokens in zip(part, got.tolist(), strict=True):
             right[s.kind][0] += video.score(s, words[tokens[0]])
             right[s.kind][1] += 1
