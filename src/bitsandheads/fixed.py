@@ -13,6 +13,14 @@ from .layer import CompressedLayer
 from .stores.packed import PackedStore
 
 
+def no_room(capacity: int, tokens: int) -> CacheStateError:
+    """The error of a cache that is too small."""
+    return CacheStateError(
+        f"The cache was made for {capacity} tokens of each sequence, padding included, and is to hold {tokens}. Make it with a larger "
+        "capacity (prompt and new tokens together), generate less, or reset() it."
+    )
+
+
 class FixedCapacity:
     """The state of a cache of fixed capacity.
 
@@ -45,10 +53,7 @@ class FixedCapacity:
     def check_room(self, tokens: int) -> None:
         """Raise CacheStateError where `tokens` tokens of a sequence do not fit."""
         if tokens > self.capacity:
-            raise CacheStateError(
-                f"The cache was made for {self.capacity} tokens of each sequence, padding included, and is to hold {tokens}. Make it with a "
-                "larger capacity (prompt and new tokens together), generate less, or reset() it."
-            )
+            raise no_room(self.capacity, tokens)
 
     def enter(self) -> None:
         """Hand the counts over to the device."""

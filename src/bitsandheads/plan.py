@@ -230,6 +230,16 @@ class ResolvedPlan:
             group_bytes(g, s, tokens, itemsize, generated) for s, groups in zip(self.shapes, self.layers, strict=True) for g in groups or ()
         )
 
+    def capacity_bytes(self, capacity: int, batch: int = 1, itemsize: int = 2) -> int:
+        """Bytes that a cache of fixed capacity takes once its prompt is packed: what the longest sequence needs, with the residual at its longest.
+
+        An upper bound for plans with salient tokens, whose number depends on the prompt. While a sequence waits for its basis its tokens and
+        the newest queries take more for a time (KVQuant.start_length).
+        """
+        return batch * sum(
+            _fixed_bytes(g, s, capacity, itemsize) for s, groups in zip(self.shapes, self.layers, strict=True) for g in groups or ()
+        )
+
     def _elements(self, tokens: int) -> int:
         return sum(2 * s.kv_heads * s.head_dim * tokens for s, g in zip(self.shapes, self.layers, strict=True) if g is not None)
 
@@ -295,6 +305,22 @@ def group_bytes(group: HeadGroup, shape: LayerShape, tokens: int, itemsize: int,
         packed += salient * TileLayout.of(quant, head_dim, better).nbytes
     basis = sum(_basis_bytes(s, head_dim) for s in (quant.keys, quant.values)) + 4 * quant.heavy
     return token * (tokens - tiles * quant.tile) + heads * (packed + basis)
+
+
+def _fixed_bytes(group: HeadGroup, shape: LayerShape, capacity: int, itemsize: int) -> int:
+    heads, head_dim = len(group.kv_heads or ()), shape.head_dim
+    token = 2 * heads * head_dim * itemsize
+    if group.window is not None:
+        return token * min(group.window.sink + group.window.recent + 2 * ROLLBACK, max(capacity, group.window.sink + 1))
+    if group.quant is None or capacity < group.quant.start_length:
+        return group_bytes(group, shape, capacity, itemsize)
+    quant, tiles = group.quant, group.quant.start_tiles(capacity)
+    packed = tiles * TileLayout.of(quant, head_dim).nbytes
+    if quant.salience is not None:
+        better = dataclasses.replace(quant.values, classes=quant.salience.classes)
+        packed += round(quant.salience.share * tiles) * TileLayout.of(quant, head_dim, better).nbytes
+    basis = sum(_basis_bytes(s, head_dim) for s in (quant.keys, quant.values)) + 4 * quant.heavy
+    return token * (quant.sink + quant.heavy + quant.residual + quant.tile) + heads * (packed + basis)
 
 
 def _basis_bytes(spec: TensorQuant, head_dim: int) -> int:

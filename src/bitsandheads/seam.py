@@ -19,6 +19,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .errors import AttentionNotEnabledError, CacheStateError, ModelMismatchError, PlanError, ShapeError
+from .fixed import FixedCapacity, no_room
 from .gates.attention import HeadGates
 from .layer import ChunkMask, CompressedLayer, read_mask
 from .methods import get_plan
@@ -92,8 +93,9 @@ class MaskReader:
 class LayerHandle:
     """Stands for keys and values of a compressed layer. Only bitsandheads' attention function can read it."""
 
-    def __init__(self, masks: "MaskReader", layer: CompressedLayer) -> None:
-        self.masks, self.layer = masks, layer
+    def __init__(self, masks: "MaskReader", layer: CompressedLayer, token: tuple[Tensor, Tensor] | None = None) -> None:
+        """token: keys and values of the one new token of a step of fixed capacity; otherwise the chunk is staged in the layer."""
+        self.masks, self.layer, self.token = masks, layer, token
 
     def _refuse(self) -> NoReturn:
         self.layer.staged = None  # so that the cache can be used once the attention is switched on
@@ -123,8 +125,10 @@ def _attention(base_name: str) -> Any:
         extra = [name for name in REFUSED if kwargs.get(name) is not None]
         if extra:
             raise PlanError(f"This model's attention uses {', '.join(extra)}, which compressed layers do not support. Use DynamicCache.")
-        chunk = key.masks.read(attention_mask, query.shape[2])
         scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
+        if key.token is not None and key.layer.step is not None:
+            return key.layer.step(query, *key.token, scale, key.layer.backend), None
+        chunk = key.masks.read(attention_mask, query.shape[2])
 
         def own(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return base(module, q, k, v, attention_mask, **kwargs)[0]
@@ -132,6 +136,31 @@ def _attention(base_name: str) -> Any:
         return key.layer.attend(query, attention_mask, chunk, scale, own), None
 
     return forward
+
+
+def _mask(base: Callable[..., Any]) -> Callable[..., Any]:
+    """The base's mask function, but no mask for a step of fixed capacity, which holds real tokens only.
+
+    Such a step is known by its key length, minus the capacity (CompressedCacheLayer.get_mask_sizes). `generate` asks for the mask before each
+    compiled step: the last moment at which the host can look.
+    """
+
+    def mask(*args: Any, **kwargs: Any) -> Any:
+        capacity, seen = -kwargs.get("kv_length", 0), kwargs.get("attention_mask")
+        if capacity <= 0:
+            return base(*args, **kwargs)
+        if seen is None or torch.compiler.is_compiling():
+            return None
+        if seen.shape[1] > capacity:
+            raise no_room(capacity, seen.shape[1])
+        if seen.shape[0] > 1 and not bool(seen[:, -1].all()):
+            raise CacheStateError(
+                "A single new token is padding for some sequences; a cache of fixed capacity cannot leave it out. Give such a turn as two "
+                "tokens or more (left-padded), or make the cache without capacity."
+            )
+        return None
+
+    return mask
 
 
 def _eager_of(module: torch.nn.Module) -> Any:
@@ -162,7 +191,7 @@ def _watch_embeddings(model: Any, part: Any) -> None:
 
     def wants(kwargs: Any) -> bool:
         cache = kwargs.get("past_key_values")
-        return isinstance(cache, CompressedCache) and cache.scores_embeddings and not cache.get_seq_length()
+        return isinstance(cache, CompressedCache) and not cache.running and cache.scores_embeddings and not cache.get_seq_length()
 
     def note(module: Any, args: Any, kwargs: Any) -> None:
         if wants(kwargs):
@@ -199,7 +228,7 @@ def enable(model: Any) -> None:
         raise PlanError('The model uses "flex_attention", whose masks bitsandheads cannot read. Load it with attn_implementation="sdpa".')
     name = PREFIX + base
     AttentionInterface.register(name, _attention(base))
-    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
+    AttentionMaskInterface.register(name, _mask(ALL_MASK_ATTENTION_FUNCTIONS[base]))
     part.set_attn_implementation(name)
     if part.config._attn_implementation != name:
         raise PlanError(
@@ -366,9 +395,15 @@ class CompressedCacheLayer(CacheLayerMixin):
     is_sliding = False
     supports_early_init = False
 
-    def __init__(self, masks: "MaskReader", layer: CompressedLayer) -> None:
+    def __init__(self, masks: "MaskReader", layer: CompressedLayer, fixed: FixedCapacity | None = None) -> None:
         super().__init__()
-        self.masks, self.layer = masks, layer
+        self.masks, self.layer, self.fixed = masks, layer, fixed
+
+    @property
+    def is_compileable(self) -> bool:  # type: ignore[override]
+        """Whether `generate` may compile the decode step: with fixed capacity, and where the kernels cover the plan."""
+        quants = [g.quant for g in self.layer.groups if g.quant is not None]
+        return self.fixed is not None and all(q.keys.per == "channel" for q in quants)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Stores are made when the first tokens arrive."""
@@ -376,45 +411,67 @@ class CompressedCacheLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Stage the chunk; returns a LayerHandle for keys and for values."""
+        first, fixed = self.layer.index == self.masks.first, self.fixed
+        if fixed is not None and first and not torch.compiler.is_compiling():
+            fixed.before(key_states.shape[2])
+            fixed.check_room(int(self.get_seq_length()) + key_states.shape[2])
+        if fixed is not None and fixed.running:
+            self.layer.check(key_states, value_states)
+            if first:
+                fixed.clock.add_(1)
+            handle = LayerHandle(self.masks, self.layer, (key_states, value_states))
+            return handle, handle
         self.is_initialized = True
         self.layer.stage(key_states, value_states)
-        if self.layer.index == self.masks.first:
+        if first:
             self.masks.forget()  # the caller may have changed the same mask tensor in place since the last pass
         handle = LayerHandle(self.masks, self.layer)
         return handle, handle
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Logical tokens, and offset 0."""
+        """Logical tokens, and offset 0; for a step of fixed capacity minus the capacity, which tells our mask function that no mask is needed."""
+        if self.fixed is not None and not torch.compiler.is_compiling():
+            self.fixed.before(query_length)
+        if self.fixed is not None and self.fixed.running:
+            return -self.fixed.capacity, 0
         return self.layer.tokens + query_length, 0
 
-    def get_seq_length(self) -> int:
-        """Logical tokens, padding included."""
-        return self.layer.tokens
+    def get_seq_length(self) -> Any:
+        """Logical tokens, padding included; a tensor on the device while steps of fixed capacity run."""
+        return self.fixed.clock if self.fixed is not None and self.fixed.running else self.layer.tokens
+
+    def _settled(self) -> CompressedLayer:
+        if self.fixed is not None:
+            self.fixed.leave()
+        return self.layer
 
     def get_max_length(self) -> int:
-        """No maximum."""
-        return -1
+        """The capacity, or -1: no maximum."""
+        return -1 if self.fixed is None else self.fixed.capacity
 
     def reset(self) -> None:
         """Forget everything."""
         self.layer.reset()
+        if self.fixed is not None:
+            self.fixed.reset()
         self.is_initialized = False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Beam search: sequence i becomes sequence beam_idx[i]."""
-        self.layer.select(beam_idx)
+        self._settled().select(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these sequences (indices, or a bool mask)."""
-        self.layer.select(indices.nonzero().squeeze(1) if indices.dtype == torch.bool else indices)
+        self._settled().select(indices.nonzero().squeeze(1) if indices.dtype == torch.bool else indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence."""
-        self.layer.select(torch.arange(self.layer.batch).repeat_interleave(repeats))
+        self._settled().select(torch.arange(self.layer.batch).repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove -tokens_to_remove tokens; a positive number is the length to keep (transformers before 5.18)."""
-        self.layer.crop(-tokens_to_remove if tokens_to_remove <= 0 else self.layer.tokens - tokens_to_remove)
+        layer = self._settled()
+        layer.crop(-tokens_to_remove if tokens_to_remove <= 0 else layer.tokens - tokens_to_remove)
 
     def offload(self) -> None:
         """Refused: a compressed layer stays where it is."""
@@ -438,11 +495,15 @@ class CompressedCache(Cache):
         model: the model or its configuration.
         backend: "auto", "reference", "triton" or "cuda".
         dtype: of tokens that are kept whole (sink, residual, windows, whole heads); None: the model's.
+        capacity: tokens of each sequence, padding included, prompt and generated ones together; None: it grows as needed. With a capacity the
+            memory is taken once, after the prompt, and decode steps are compiled by `generate` (CUDA graphs), as with transformers' StaticCache.
     Raises:
-        PlanError: an unknown preset, or a plan that does not fit the model.
+        PlanError: an unknown preset, a plan that does not fit the model, or a capacity for a model with layers of another kind.
     """
 
-    def __init__(self, plan: "str | CachePlan", model: Any, backend: str = "auto", dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, plan: "str | CachePlan", model: Any, backend: str = "auto", dtype: torch.dtype | None = None, capacity: int | None = None
+    ) -> None:
         self.config = text_config(model)
         self.resolved: ResolvedPlan = get_plan(plan, self.config).resolve(self.config)
         self.backend, self.dtype = backend, dtype
@@ -452,10 +513,17 @@ class CompressedCache(Cache):
         self._masks = MaskReader(
             min(compressed, default=None)
         )  # the layers hold it and not the cache: a cycle would keep the memory after `del cache`
-        layers = [
-            keep if groups is None else CompressedCacheLayer(self._masks, CompressedLayer(i, groups, shape, backend, dtype))
-            for i, (keep, groups, shape) in enumerate(zip(own, self.resolved.layers, self.resolved.shapes, strict=True))
-        ]
+        parts = {
+            i: CompressedLayer(i, groups, shape, backend, dtype, real_only=capacity is not None)
+            for i, (groups, shape) in enumerate(zip(self.resolved.layers, self.resolved.shapes, strict=True))
+            if groups is not None
+        }
+        if capacity is not None and (capacity < 1 or len(parts) < len(own)):
+            others = [i for i in range(len(own)) if i not in parts]
+            why = f"the layers {others} are no full attention that the plan governs" if others else "at least 1 token is needed"
+            raise PlanError(f"capacity={capacity} is not possible: {why}. Use capacity=None.")
+        self.fixed = None if capacity is None else FixedCapacity(capacity, list(parts.values()))
+        layers = [CompressedCacheLayer(self._masks, parts[i], self.fixed) if i in parts else keep for i, keep in enumerate(own)]
         super().__init__(layers=layers)
 
     @property
@@ -464,10 +532,17 @@ class CompressedCache(Cache):
         return self.resolved.plan
 
     def __repr__(self) -> str:
-        return f"CompressedCache(plan={self.plan.name!r}, tokens={self.get_seq_length()}, bytes={self.memory_bytes()})"
+        return f"CompressedCache(plan={self.plan.name!r}, tokens={int(self.get_seq_length())}, bytes={self.memory_bytes()})"
+
+    @property
+    def running(self) -> bool:
+        """Whether steps of fixed capacity run, whose counts only the device knows."""
+        return self.fixed is not None and self.fixed.running
 
     def compressed_layers(self) -> list[CompressedLayer]:
-        """The layers that the plan governs."""
+        """The layers that the plan governs. Steps of fixed capacity are interrupted: the host takes the counts back."""
+        if self.fixed is not None:
+            self.fixed.leave()
         return [layer.layer for layer in self.layers if isinstance(layer, CompressedCacheLayer)]
 
     @property
@@ -502,10 +577,11 @@ class CompressedCache(Cache):
         Raises:
             CacheStateError: a head no longer holds what would then be its newest tokens; nothing is changed in any layer.
         """
+        compressed = self.compressed_layers()
         tokens_to_remove = int(tokens_to_remove)  # transformers 5.16 hands over a tensor
         if tokens_to_remove > 0:
             tokens_to_remove = -max(self.get_seq_length() - tokens_to_remove, 0)
-        for layer in self.compressed_layers():
+        for layer in compressed:
             layer.check_crop(-tokens_to_remove)
         super().crop(tokens_to_remove)
 
