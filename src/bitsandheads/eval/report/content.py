@@ -29,6 +29,11 @@ def percent(value: float) -> str:
     return f"{100 * value:.1f}%"
 
 
+def span(low: float, high: float, form: str = ".1f") -> str:
+    """0.1234, 0.5 -> "12.3 to 50.0%"."""
+    return f"{100 * low:{form}} to {100 * high:{form}}%"
+
+
 def by_family(rows: Iterable[Row], point: Callable[[Row], Point]) -> tuple[Series, ...]:
     """The rows' points, a series for each family of plans."""
     found: dict[int, list[Point]] = {}
@@ -69,7 +74,7 @@ def answers(sources: Sources) -> Section:
     rows: list[tuple] = []
     for run in sources.runs:
         for (task,), of_task in grouped(_answers(run), ["task"]).items():
-            where = f"{run.model}, {task}"
+            where = f"{run.title}, {task}"
             x = Axis("KV cache at the end, MB (mean)", log=True)
             figures.append(
                 _front_chart(where, of_task, x, Axis("accuracy", percent=True), lambda r: r["mean_cache_bytes"] / 1e6, "accuracy", 1)
@@ -121,12 +126,11 @@ def _lengths(where: str, rows: Sequence[Row]) -> Bars:
 
 
 def _answer_cells(run: Run, r: Row) -> tuple:
-    span = f"{percent(r['low'])} to {percent(r['high'])}"
-    against = "" if r["difference"] is None else f"{r['difference_low']:+.1%} to {r['difference_high']:+.1%}"
+    against = "" if r["difference"] is None else span(r["difference_low"], r["difference_high"], "+.1f")
     size = (r["bits_per_element"], r["mean_cache_bytes"] / 1e6, r["n"])
     test = (r["difference"], against, r["p"], r["verdict"] or "")
     habits = (r["mean_output_tokens"], r["repetition"], r["truncated"])
-    return (run.model, r["task"], r["plan"], *size, r["accuracy"], span, *test, *habits)
+    return (run.model, r["task"], r["plan"], *size, r["accuracy"], span(r["low"], r["high"]), *test, *habits)
 
 
 # -- fidelity -----------------------------------------------------------------------------------------------------------------
@@ -182,7 +186,7 @@ def needles(sources: Sources) -> Section:
             values = tuple(tuple(cells.get((d, n)) for n in lengths) for d in depths)
             note = f"{len(records)} needles, {percent(sum(r['score'] for r in records) / len(records))} found."
             columns = tuple(map(str, lengths))
-            figures.append(Grid(f"{run.model}, {plan}", note, tuple(depths), columns, "depth", "tokens", values, 0, 1, True))
+            figures.append(Grid(f"{run.title}, {plan}", note, tuple(depths), columns, "depth", "tokens", values, 0, 1, True))
     return Section("needles", "Needle in a haystack", "A number hidden in a long text, asked for at its end.", tuple(figures))
 
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,12 @@ class ReportError(BitsAndHeadsError, ValueError):
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder."""
+    """A run folder. title: its model, and the run's name where several runs have that model."""
 
     name: str
     about: dict[str, Any]
     records: Rows
+    title: str = ""
 
     @property
     def model(self) -> str:
@@ -93,7 +94,7 @@ def read(paths: Sequence[Path]) -> Sources:
 
 
 def _merged(runs: Sequence[Run]) -> list[Run]:
-    """Runs that differ in their plans only become one; a record that several have is taken once."""
+    """Runs that differ in their plans only become one; a record that several have is taken once. All get their titles."""
     out: dict[str, Run] = {}
     for run in runs:
         key = json.dumps({k: v for k, v in run.about["config"].items() if k != "plans"}, sort_keys=True)
@@ -104,7 +105,8 @@ def _merged(runs: Sequence[Run]) -> list[Run]:
         records = first.records + [r for r in run.records if tuple(r[k] for k in KEY) not in known]
         plans = first.about.get("facts", {}).get("plans", {}) | run.about.get("facts", {}).get("plans", {})
         out[key] = Run(f"{first.name}, {run.name}", first.about | {"facts": {"plans": plans}}, records)
-    return list(out.values())
+    models = [run.model for run in out.values()]
+    return [replace(r, title=r.model if models.count(r.model) == 1 else f"{r.model} ({r.name})") for r in out.values()]
 
 
 def _results(path: Path) -> tuple[str, File]:
