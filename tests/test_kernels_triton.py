@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from real_caches import real_caches
 
 from bitsandheads.methods import get_plan
 from bitsandheads.ops import decode_attention, flatten_sets, reference
@@ -53,6 +54,10 @@ def run_cases() -> None:
         assert torch.equal(got, again), name
         print(name, error, flush=True)
     salient_part()
+    for name, q, heads in list(real_caches())[::5]:
+        got, _ = decode_attention(q.float(), [heads], 0.125, backend="triton")
+        want, _ = reference.decode_attention(q.double(), [heads], 0.125, dtype=torch.float64)
+        assert ((got.double() - want).norm() / want.norm()) < 1e-3, name
 
 
 def salient_part() -> None:
@@ -84,3 +89,14 @@ def test_operator() -> None:
 
 if __name__ == "__main__":
     run_cases()
+
+
+def test_compiled_without_a_graph_break() -> None:
+    s = head_set(NOISE_FREE, 64, (0, 1), [3, 1], [1, 2], [4, 9], torch.float32, "cpu")
+    q = torch.randn(2, 4, 1, 64)
+
+    def step(q: torch.Tensor) -> torch.Tensor:
+        return decode_attention(q * 2, [s], 0.125)[0] + 1
+
+    want = step(q)
+    assert torch.equal(torch.compile(step, fullgraph=True, backend="eager")(q), want)

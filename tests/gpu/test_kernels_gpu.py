@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from real_caches import FILE, real_caches
+from real_caches import real_caches
 
 from bitsandheads.methods import get_plan
 from bitsandheads.ops import backends, decode_attention, reference
@@ -110,7 +110,6 @@ def test_graph_with_changing_lengths(backend: str) -> None:
         assert ((out.double() - want).norm() / want.norm()) < 3e-3
 
 
-@pytest.mark.skipif(not FILE.is_file(), reason="no recorded caches")
 def test_real_caches(backend: str) -> None:
     """What SmolLM2-135M held in three layers under two plans."""
     for name, q, heads in real_caches("cuda"):
