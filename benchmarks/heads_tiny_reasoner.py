@@ -10,9 +10,10 @@ Sources of scores are the files in --scores; the comparators get, at every lengt
 """
 
 import argparse
+import copy
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,17 @@ from typing import Any
 import torch
 from comparators.eviction import EvictionCache
 from comparators.methods import METHODS
+from torch import Tensor
 
 from bitsandheads import CachePlan, HeadGroup, HeadScores, Window, compose, get_plan, rlkv
-from bitsandheads.eval.environment import versions, write_json
-from bitsandheads.eval.runner import CacheFactory, evaluate, plan_cache
-from bitsandheads.eval.runs import RunFolder, commit, read_records
+from bitsandheads.eval.environment import write_json
+from bitsandheads.eval.runner import CacheFactory, evaluate, plan_cache, through_transformers
+from bitsandheads.eval.runs import RunFolder, read_records
 from bitsandheads.eval.summary import grouped, row_of, summarise
 from bitsandheads.eval.tasks import Task
+from bitsandheads.gates.rollout import RolloutEngine
 from bitsandheads.models import load
+from bitsandheads.seam import enable_gates
 from bitsandheads.tasks import reasoning
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,6 +40,7 @@ PLOT = ROOT / "docs" / "heads-tiny-reasoner.svg"
 SCORES = ROOT / "benchmarks" / "results" / "head-scores"
 SPARSITIES = (0.5, 0.2, 0.4, 0.6, 0.8)  # the most telling first
 BATCHES = ((3, 4), (0, 1, 2))  # levels that are answered together
+LONG = 2  # problems of this level on are longer than prompt and solution of 32 + 128 tokens
 SPARE = 32  # an answer may be so many tokens longer than the longest solution of its batch
 WHOLE = "all heads"
 SHORT = {"group_size": 32, "tile": 32, "residual": 16, "basis_tokens": 96}  # of a quantized head, so that short texts are packed too
@@ -57,6 +62,11 @@ class Cell:
         if self == Cell(WHOLE, 0.0):
             return "bf16"
         return f"{self.bits}+{self.scores}@{self.sparsity:g}@{self.sink}+{self.recent}"
+
+    @property
+    def masked(self) -> bool:
+        """Whether `Masked` can answer for it."""
+        return self.bits == "bf16" and self.scores not in METHODS
 
     @property
     def window(self) -> Window:
@@ -108,6 +118,39 @@ def cache_of(cell: Cell, folder: Path) -> CacheFactory:
     return lambda model, batch: EvictionCache(METHODS[cell.scores], plan, model, torch.bfloat16)
 
 
+class Masked:
+    """Answers of a plan whose heads are whole or windowed, by attention with the mask written out, at the speed of CUDA graphs.
+
+    tests/test_heads.py holds a windowed head equal to attention with its mask, and tests/test_heads_benchmark.py this to the cache.
+    A decode step of this small model through transformers is nearly all Python, 20 times as slow; the cells through real caches
+    ("engine": "cache") stand beside these in the results.
+    """
+
+    def __init__(self, model: Any, batch: int) -> None:
+        self.model = copy.deepcopy(model)
+        self.gates = enable_gates(self.model, Window(32, 128))
+        self.gates.whole_prompts = True
+        config = model.generation_config
+        self.engine = RolloutEngine(self.model, batch, [config.eos_token_id], config.pad_token_id)
+
+    def __call__(self, model: Any, inputs: Mapping[str, Tensor], cache: Any, config: Any) -> Tensor:
+        """See bitsandheads.eval.runner.Generate; of the cache only the plan is used."""
+        windows = set()
+        for row, groups in enumerate(cache.resolved.layers):
+            for group in groups:
+                assert group.quant is None
+                self.gates.alpha.data[row, list(group.kv_heads)] = float(group.window is None)
+                windows |= {group.window} - {None}
+        if windows and windows != {self.gates.window}:
+            (self.gates.window,) = windows
+            self.engine.release()  # captured steps have the former window
+        prompts = [row[mask.bool()].tolist() for row, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)]
+        answers = self.engine.generate(prompts, config.max_new_tokens, temperature=0.0).tokens
+        longest = max(map(len, answers))
+        padded = torch.tensor([a + [config.pad_token_id] * (longest - len(a)) for a in answers])
+        return torch.cat([inputs["input_ids"].cpu(), padded], 1)
+
+
 def tasks_of(samples: int) -> list[Task]:
     """Held-out problems of all kinds and levels in turn, in parts of similar length; all parts have the same name."""
     problems, out = reasoning.samples("test", samples, seed=1), []
@@ -123,22 +166,24 @@ def run(args: argparse.Namespace) -> None:
     started, longest = time.perf_counter(), 0.0
     number, shards = (int(x) for x in args.shard.split("/"))
     sources = sorted(p.stem for p in args.scores.glob("*.tsv"))
-    mine = [c for c in cells(sources)[number::shards] if args.only in c.name]
+    mine = [c for c in cells(sources) if args.only in c.name and (args.engine == "cache" or c.masked)][number::shards]
     model, tokenizer = load(str(args.model), args.device)
     tasks = tasks_of(args.samples)
     for name in sources:
         HeadScores.read(args.scores / f"{name}.tsv").check(model)
-    config = {"model": args.model.name, "samples": args.samples, "batch_size": args.batch_size, "sources": sources}
+    generate = Masked(model, args.batch_size) if args.engine == "mask" else through_transformers
+    config = {"engine": args.engine, "model": args.model.name, "samples": args.samples, "batch_size": args.batch_size, "sources": sources}
     config["new_tokens"] = [t.max_new_tokens for t in tasks]
-    with RunFolder(args.output / f"shard-{number}-of-{shards}", config) as folder:
+    with RunFolder(args.output / f"shard-{args.engine}-{number}-of-{shards}", config) as folder:
         for cell in mine:
             left = args.seconds - (time.perf_counter() - started)
             if left < 1.2 * longest:
                 print(f"shard {number}: {left:.0f} s left, cells from {cell.name} on are not run", flush=True)
                 break
             begun = time.perf_counter()
+            caches = {cell.name: cache_of(cell, args.scores)}
             for task in tasks:
-                evaluate(model, tokenizer, task, {cell.name: cache_of(cell, args.scores)}, folder, batch_size=args.batch_size)
+                evaluate(model, tokenizer, task, caches, folder, batch_size=args.batch_size, generate=generate)
             longest = max(longest, time.perf_counter() - begun)
             done = row_of([r for r in folder.records() if r["plan"] == cell.name])
             seconds = time.perf_counter() - begun
@@ -157,22 +202,24 @@ def packed_share(cell: Cell, records: list[dict[str, Any]]) -> float | None:
     return sum(quant.start_tiles(t) * quant.tile for t in held) / sum(held)
 
 
-def rows_of(records: list[dict[str, Any]], folder: Path, model: Any) -> Iterator[dict[str, Any]]:
-    """One row for each complete cell, compared with bf16 on the same samples."""
+def rows_of(records: list[dict[str, Any]], engine: str, folder: Path, model: Any) -> Iterator[dict[str, Any]]:
+    """One row for each complete cell, compared with bf16 on the same samples. records: of one engine, and of bf16."""
     by_plan = {k[0]: v for k, v in grouped(records, ["plan"]).items()}
     summary = {r["plan"]: r for r in summarise(records)}
+    far = {r["plan"]: r for r in summarise([r for r in records if r["level"] >= LONG])}
     kinds = {(r["plan"], r["kind"]): r["accuracy"] for r in summarise(records, ["kind"])}
     for cell in cells(sorted(p.stem for p in folder.glob("*.tsv"))):
-        if cell.name not in summary or summary[cell.name]["n"] < summary["bf16"]["n"]:
-            print(f"missing or incomplete: {cell.name}")
+        own = by_plan.get(cell.name, [])
+        if not own or own[0]["engine"] != engine or len(own) < len(by_plan["bf16"]):
             continue
-        own = by_plan[cell.name]
         windowed = 0.0 if cell.scores in METHODS else plan_of(cell, folder).sparsity(model.config, 1000).windowed
         yield {
             **asdict(cell),
+            "engine": engine,
             "window": f"{cell.sink}+{cell.recent}",
             "windowed_heads": windowed,
             "packed_share": packed_share(cell, own),
+            **{f"long_{k}": far[cell.name][k] for k in ("n", "accuracy", "low", "high", "difference", "difference_low", "difference_high")},
             "accuracy_by_kind": {kind: kinds[cell.name, kind] for kind in reasoning.KINDS},
             "right": "".join(str(int(r["score"])) for r in sorted(own, key=lambda r: r["id"])),
             **{k: v for k, v in summary[cell.name].items() if k not in ("task", "seeds")},
@@ -180,25 +227,43 @@ def rows_of(records: list[dict[str, Any]], folder: Path, model: Any) -> Iterator
 
 
 def merge(args: argparse.Namespace) -> None:
-    """Rows from the records of all shards."""
-    shards = sorted(args.output.glob("shard-*"))
-    records = [r for folder in shards for r in read_records(folder)]
+    """Rows from the records of all shards; a cell that is whole in two folders counts once."""
+    by_engine: dict[str, dict[tuple[str, str], dict[str, Any]]] = {"cache": {}, "mask": {}}
+    runs = []
+    for folder in sorted(args.output.rglob("run.json")):
+        runs.append(json.loads(folder.read_text()))
+        engine = runs[-1]["config"]["engine"]
+        for r in read_records(folder.parent):
+            by_engine[engine].setdefault((r["plan"], r["id"]), r | {"engine": engine})
+    base = {k: r for found in by_engine.values() for k, r in found.items() if k[0] == "bf16"}
     model, _ = load(str(args.model), "cpu")
-    runs = [json.loads((folder / "run.json").read_text()) for folder in shards]
+    rows = []
+    for engine, found in by_engine.items():
+        rows += rows_of(list((base | found).values()), engine, args.scores, model)
+    there = {(r["scores"], r["sparsity"], r["bits"], r["window"]) for r in rows}
+    for cell in cells(sorted(p.stem for p in args.scores.glob("*.tsv"))):
+        if (cell.scores, cell.sparsity, cell.bits, f"{cell.sink}+{cell.recent}") not in there:
+            print(f"missing or incomplete: {cell.name}")
     data = {
         "model": args.model.name,
         "task": "reasoning, test split, seed 1",
-        "config": runs[0]["config"],
-        "commit": commit() or runs[0]["commit"],
-        "versions": {**versions(), **runs[0]["versions"]},
-        "ids": sorted({r["id"] for r in records}),
-        "rows": list(rows_of(records, args.scores, model)),
+        "runs": [{k: r[k] for k in ("config", "versions", "commit")} for r in runs],
+        "ids": sorted({k[1] for found in by_engine.values() for k in found}),
+        "rows": rows,
     }
     write_json(data, args.result)
-    print(f"{len(data['rows'])} rows in {args.result}")
+    print(f"{len(rows)} rows in {args.result}")
 
 
 # -- plot ---------------------------------------------------------------------------------------------------------------------
+
+
+def preferred(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of a cell that both engines ran the row of the cache."""
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for r in sorted(rows, key=lambda r: r["engine"]):
+        found.setdefault((r["scores"], r["sparsity"], r["bits"], r["window"]), r)
+    return list(found.values())
 
 
 def lines_of(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -219,7 +284,7 @@ def plot(args: argparse.Namespace) -> None:
     import matplotlib.pyplot as plt
     import numpy as np
 
-    rows = json.loads(args.result.read_text())["rows"]
+    rows = preferred(json.loads(args.result.read_text())["rows"])
     zero = {r["bits"]: r for r in rows if r["scores"] == WHOLE}
     panels = [("bf16", [r for r in rows if r["bits"] == "bf16" and r["window"] == "32+128"])]
     panels += [(b, [r for r in rows if r["bits"] == b]) for b in ("balanced-short", "extreme-short") if b in zero]
@@ -235,27 +300,28 @@ def plot(args: argparse.Namespace) -> None:
         ys = np.array([np.mean([r[y] for r in points[s]]) for s in order])
         style = "--" if label in METHODS else "-"
         error = None
-        if y == "accuracy":
-            low, high = ([np.mean([r[k] for r in points[s]]) for s in order] for k in ("low", "high"))
+        if y.endswith("accuracy"):
+            low, high = ([np.mean([r[y.replace("accuracy", k)] for r in points[s]]) for s in order] for k in ("low", "high"))
             error = np.maximum(np.array([ys - low, high - ys]), 0)
         ax.errorbar(xs, ys, error, label=label, color=colour, linestyle=style, marker="o", markersize=3.5, capsize=2, linewidth=1.4)
 
     for label, members in lines_of(panels[0][1]).items():
         colour = next(colours)
-        draw(axes[0, 0], members, zero["bf16"], label, colour, "sparsity", "accuracy")
+        draw(axes[0, 0], members, zero["bf16"], label, colour, "sparsity", "long_accuracy")
         draw(axes[0, 1], members, zero["bf16"], label, colour, "bytes_saved", "accuracy")
         draw(axes[1, 0], members, zero["bf16"], label, colour, "sparsity", "mean_output_tokens")
     for bits, members in panels:
         for label, own in lines_of(members).items():
             if bits != "bf16" or any(label in lines_of(m) for b, m in panels[1:]):
                 draw(axes[1, 1], own, zero[bits], f"{label}, {bits}", next(colours, None), "bytes_saved", "accuracy")
-    axes[0, 0].set(xlabel="sparsity (share of heads windowed, or its bytes)", ylabel="accuracy", ylim=(-0.02, 1.02))
-    axes[0, 1].set(xlabel="share of the cache's bytes saved", ylabel="accuracy", ylim=(-0.02, 1.02))
+    axes[0, 0].set(xlabel="sparsity (share of heads windowed, or its bytes)", ylabel="accuracy, long problems", ylim=(-0.02, 1.02))
+    axes[0, 1].set(xlabel="share of the cache's bytes saved", ylabel="accuracy, all problems", ylim=(-0.02, 1.02))
     axes[1, 0].set(xlabel="sparsity", ylabel="mean output tokens")
     axes[1, 1].set(xlabel="share of the cache's bytes saved", ylabel="accuracy", ylim=(-0.02, 1.02), title="with fewer bits", xlim=(0, 1))
     for ax in axes.flat:
         ax.grid(alpha=0.3)
-        ax.legend(fontsize=7)
+        if ax.get_legend_handles_labels()[0]:
+            ax.legend(fontsize=7)
     figure.savefig(args.plot, metadata={"Date": None})
     print(f"wrote {args.plot}")
 
@@ -267,6 +333,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=ROOT / "models" / "tiny-reasoner")
     parser.add_argument("--scores", type=Path, default=SCORES, help="folder of score files")
     parser.add_argument("--shard", default="0/1")
+    parser.add_argument("--engine", choices=("cache", "mask"), default="cache", help="mask: see Masked; cells that it can answer only")
     parser.add_argument("--samples", type=int, default=1050)
     parser.add_argument("--batch-size", type=int, default=1050)
     parser.add_argument("--seconds", type=float, default=1e9)

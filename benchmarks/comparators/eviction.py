@@ -218,6 +218,12 @@ class EvictionLayer:
         return self.shape.kv_heads * (sum(self.held) * self.budget.token + self.batch * self.budget.fixed)
 
 
+class EvictionCacheLayer(CompressedCacheLayer):
+    """An EvictionLayer in the clothes of a transformers cache layer."""
+
+    is_compileable = False
+
+
 class EvictionCache(Cache):
     """A transformers cache that evicts tokens by a method under the bytes of a plan.
 
@@ -235,7 +241,7 @@ class EvictionCache(Cache):
         self.method = method
         self.budget = Budget(plan, shapes, (dtype or config.dtype or torch.float32).itemsize, method)
         masks = MaskReader(0)
-        layers = [CompressedCacheLayer(masks, EvictionLayer(i, s, method, self.budget, dtype)) for i, s in enumerate(shapes)]
+        layers = [EvictionCacheLayer(masks, EvictionLayer(i, s, method, self.budget, dtype)) for i, s in enumerate(shapes)]
         super().__init__(layers=layers)
 
     def memory_bytes(self) -> int:

@@ -38,6 +38,7 @@ class HeadGates(nn.Module):
     Attributes:
         alpha: float32 [layers, KV heads], 1 at the start; stays float32 when the model is cast.
         window: the local part.
+        whole_prompts: attention of several queries at once is full whatever the gates, as a cache with windowed heads reads its prompt.
     Raises:
         ShapeError: the layers do not all have the same number of KV heads.
     """
@@ -49,6 +50,7 @@ class HeadGates(nn.Module):
             raise ShapeError(f"The layers have {sorted(heads)} KV heads; gates need the same number in every layer.")
         self.alpha = nn.Parameter(torch.ones(len(shapes), heads.pop(), dtype=torch.float32))
         self.window = window
+        self.whole_prompts = False
         self.former = "sdpa"  # the model's attention implementation before it had gates
         self._last: tuple[weakref.ref[Tensor] | None, tuple[int, ...], Tensor] | None = None
 
@@ -97,6 +99,8 @@ class HeadGates(nn.Module):
         groups = heads // k.shape[1]
         if mask is None and 1 < queries < k.shape[2]:  # SDPA's own causal flag is for as many keys as queries
             mask = torch.ones(1, 1, queries, k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - queries)
+        if queries > 1 and self.whole_prompts:
+            return scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=groups > 1)
         masks = self._masks(layer, mask, q, k.shape[2], groups)
         alpha = self.alpha[layer].to(q.dtype)[None, :, None, None]
         if queries == 1:  # [B, H_kv, 2 groups, D]
