@@ -6,6 +6,7 @@ A table stands between `<!-- table: NAME -->` and `<!-- end -->` in README.md or
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -81,11 +82,30 @@ def decode_qwen() -> list[str]:
     return lines
 
 
+def video_tiny(group: str) -> list[str]:
+    """Accuracy by kind of question; the rows of one group ("setting" or "ablation"), the most accurate first."""
+    data = json.loads((RESULTS / "video-tiny.json").read_text())
+    found: dict[str, dict[str, dict]] = {}
+    for r in data["rows"]:
+        if r["group"] == group:
+            found.setdefault(r["plan"], {})[r["kind"]] = r
+    kinds = sorted({r["kind"] for r in data["rows"]} - {"all"})
+    lines = ["| plan | bits here | at 32k | all [95%] | " + " | ".join(kinds) + " |", "|---" * (4 + len(kinds)) + "|"]
+    for plan, rows in sorted(found.items(), key=lambda item: -item[1]["all"]["accuracy"]):
+        r = rows["all"]
+        cells = [f"`{plan}`", f"{r['bits_per_element']:.2f}", f"{r['bits_per_element_at_32k']:.2f}"]
+        cells += [f"{100 * r['accuracy']:.1f} [{100 * r['low']:.1f}, {100 * r['high']:.1f}]"]
+        lines.append("| " + " | ".join([*cells, *(f"{100 * rows[k]['accuracy']:.1f}" for k in kinds)]) + " |")
+    return lines
+
+
 TABLES: dict[str, Callable[[], list[str]]] = {
     "presets": presets,
     "presets-by-length": presets_by_length,
     "decode": decode,
     "decode-qwen": decode_qwen,
+    "video-tiny": partial(video_tiny, "setting"),
+    "video-tiny-ablations": partial(video_tiny, "ablation"),
 }
 
 

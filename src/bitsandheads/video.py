@@ -179,14 +179,7 @@ def load(name: str, device: str | None = None) -> tuple[Any, Any]:
     """
     import transformers
 
-    if name == models.SMOLLM2:
-        return models.load(name, device)
-    try:
-        config = transformers.AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise models.ModelNotFoundError(
-            f"No model {name!r}: it is no local folder with config.json, and the hub did not give it ({error})."
-        ) from error
+    config = models.load_config(name)
     if not hasattr(config, "vision_config"):
         return models.load(name, device)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
