@@ -1,0 +1,167 @@
+"""Caches of fixed capacity: steps that the host takes no part in give what the growing cache gives, and compile into one graph."""
+
+import pytest
+import tiny_models as tm
+import torch
+from test_models import FINE, MIXED, small
+from torch._dynamo.utils import counters
+from transformers import CompileConfig
+
+import bitsandheads as bh
+
+COMPOSED = bh.CachePlan("composed", (bh.HeadGroup((0,), quant=FINE), bh.HeadGroup((1,), window=bh.Window(4, 24))))
+PLANS = {
+    "bf16": bh.get_plan("bf16"),
+    "mixed": MIXED,
+    "composed": COMPOSED,
+    "balanced": small("balanced"),
+    "kivi-2": small("kivi-2"),
+    "vidkv": small("vidkv-1.75/1.66"),
+}
+
+
+def compiled(backend: str = "eager") -> CompileConfig:
+    """What `generate` does by itself on a GPU, without kernels of the compiler's own, and an error where the step is not one graph."""
+    config = CompileConfig(fullgraph=True, backend=backend, mode=None)
+    config._compile_all_devices = True
+    return config
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_fixed_capacity_equals_the_growing_cache(plan: str) -> None:
+    model = tm.make("llama")
+    for inputs in (tm.inputs_for(tm.tokens(2, 40)), tm.left_padded([40, 17, 9])):
+        expected, logits = tm.generate(model, inputs, bh.CompressedCache(PLANS[plan], model), new=70)
+        cache = bh.CompressedCache(PLANS[plan], model, capacity=128)
+        got, got_logits = tm.generate(model, inputs, cache, new=70)
+        assert cache.running
+        assert torch.equal(got, expected)
+        assert (
+            got_logits - logits
+        ).abs().max() < 0.05  # on a CPU the growing cache uses the model's own attention until something is packed
+
+
+def test_packing_starts_while_steps_run() -> None:
+    """A prompt that is too short for a basis: queries are remembered on the device, and the codes are those of the growing cache."""
+    model, plan = tm.make("qwen3"), small("balanced")
+    inputs = tm.left_padded([30, 12])
+    start = plan.groups[0].quant.start_length
+    cache, growing = bh.CompressedCache(plan, model, capacity=2 * start), bh.CompressedCache(plan, model)
+    expected, logits = tm.generate(model, inputs, growing, new=start)
+    got, got_logits = tm.generate(model, inputs, cache, new=start)
+    assert [s.started for layer in cache.compressed_layers() for s in layer.stores] == [[True, True]] * 2
+    assert torch.equal(got, expected)
+    assert (got_logits - logits).abs().max() < 0.02
+    first, same = (c.compressed_layers()[0].stores[0] for c in (cache, growing))  # later layers see rounding of another attention
+    assert torch.equal(first.positions, same.positions)
+    assert torch.equal(first.bank.tiles[:, :, :1], same.bank.tiles[:, :, :1])
+
+
+def test_a_step_is_one_graph_for_many_steps_turns_and_caches() -> None:
+    model = tm.make("llama")
+    first, second = tm.left_padded([40, 17, 9]), tm.tokens(3, 5, seed=7)
+    mask = torch.cat([first["attention_mask"], torch.ones(3, 155, dtype=torch.long)], 1)
+    outs = []
+    counters.clear()
+    for compile_config in (None, compiled()):
+        cache = bh.CompressedCache(MIXED, model, capacity=400)
+        how = {"disable_compile": compile_config is None, "compile_config": compile_config}
+        out, _ = tm.generate(model, first, cache, new=150, **how)
+        out, _ = tm.generate(model, {"input_ids": torch.cat([out, second], 1), "attention_mask": mask}, cache, new=150, **how)
+        assert min(cache.compressed_layers()[0].stores[0].bank.count) >= 15
+        outs.append(out)
+    assert torch.equal(*outs)
+    other = tm.generate(model, first, bh.CompressedCache(MIXED, model, capacity=400), new=4, compile_config=compiled())[0]
+    assert torch.equal(other, outs[0][:, :44])
+    assert counters["stats"]["unique_graphs"] == 1, "a step was compiled again"
+    assert not counters["graph_break"]
+
+
+def test_a_step_of_a_vision_model_is_one_graph() -> None:
+    model = tm.make("qwen2.5-vl")
+    counters.clear()
+    outs = [
+        tm.generate(model, tm.left_padded([40, 17]), bh.CompressedCache(MIXED, model, capacity=100), new=30, **how)[0]
+        for how in ({}, {"compile_config": compiled("aot_eager")})
+    ]
+    assert torch.equal(*outs)
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+
+
+def test_capacity_is_checked_before_anything_is_written() -> None:
+    model = tm.make("llama")
+    inputs = tm.left_padded([20, 7])
+    cache = bh.CompressedCache(MIXED, model, capacity=24)
+    with pytest.raises(bh.CacheStateError, match=r"made for 24 tokens .* hold 25"):
+        tm.generate(model, inputs, cache, new=8)
+    assert cache.compressed_layers()[0].real_tokens() == [24, 11]  # whole and usable
+    with pytest.raises(bh.CacheStateError, match=r"made for 19 tokens .* hold 20"):
+        tm.generate(model, inputs, bh.CompressedCache(MIXED, model, capacity=19), new=1)
+    step = {"input_ids": tm.tokens(2, 1), "past_key_values": cache}
+    with pytest.raises(bh.CacheStateError, match="hold 25"), torch.no_grad():
+        model(**step)
+
+
+def test_what_fixed_capacity_cannot_do_is_an_error() -> None:
+    model = tm.make("llama")
+    with pytest.raises(bh.PlanError, match="at least 1"):
+        bh.CompressedCache(MIXED, model, capacity=0)
+    gemma = tm.make("gemma3")
+    with pytest.raises(bh.PlanError, match=r"layers \[0\]"):
+        bh.CompressedCache("bf16", gemma, capacity=64)
+    with pytest.raises(bh.CacheStateError, match="shorter than a sink"):
+        tm.generate(model, tm.left_padded([20, 3]), bh.CompressedCache(MIXED, model, capacity=64), new=4)
+    cache = bh.CompressedCache(MIXED, model, capacity=64)
+    tm.generate(model, tm.left_padded([20, 7]), cache, new=4)
+    mask = torch.ones(2, 24, dtype=torch.long)
+    mask[1, -1] = 0
+    with pytest.raises(bh.CacheStateError, match="is padding for some sequences"), torch.no_grad():
+        model(input_ids=tm.tokens(2, 1), attention_mask=mask, past_key_values=cache)
+
+
+@pytest.mark.parametrize("plan", ["bf16", "mixed", "balanced"])
+def test_memory_is_taken_once_and_as_the_plan_says(plan: str) -> None:
+    """Allocated: the capacity's tiles, and the residual at its longest; both follow from plan.bytes_for."""
+    model, capacity = tm.make("llama"), 3 * 128 + 50
+    cache = bh.CompressedCache(PLANS[plan], model, capacity=capacity)
+    tm.generate(model, tm.inputs_for(tm.tokens(1, 200)), cache, new=3)
+    taken = cache.memory_bytes(allocated=True)
+    places = [t.data_ptr() for layer in cache.compressed_layers() for t in layer.step.written]
+    assert taken == cache.resolved.capacity_bytes(capacity, itemsize=4)
+    with torch.no_grad():
+        for i in range(capacity - 202):  # to the last place
+            model(input_ids=tm.tokens(1, 1, seed=i), past_key_values=cache)
+    assert cache.memory_bytes(allocated=True) == taken
+    assert [t.data_ptr() for layer in cache.compressed_layers() for t in layer.step.written] == places
+    assert cache.memory_bytes() <= taken
+
+
+def test_crop_beams_and_saving_go_on_from_the_device_counts(tmp_path) -> None:
+    model = tm.make("llama")
+    inputs = tm.left_padded([30, 17])
+    outs = []
+    for capacity in (None, 160):
+        cache = bh.CompressedCache(MIXED, model, capacity=capacity)
+        tm.generate(model, inputs, cache, new=50)
+        cache.crop(-3)
+        cache.reorder_cache(torch.tensor([1, 0]))
+        bh.save_cache(cache, tmp_path / f"{capacity}.safetensors")
+        with torch.no_grad():
+            steps = [model(input_ids=tm.tokens(2, 1, seed=i), past_key_values=cache).logits for i in range(40)]
+        outs.append(torch.cat(steps, 1))
+        outs.append(bh.load_cache(tmp_path / f"{capacity}.safetensors", model).compressed_layers()[0].real_tokens())
+        cache.reset()
+        assert tm.generate(model, inputs, cache, new=4)[0].shape == (2, 34)
+    torch.testing.assert_close(outs[0], outs[2], atol=1e-4, rtol=1e-4)
+    assert outs[1] == outs[3]
+
+
+def test_beams_and_sampling() -> None:
+    model = tm.make("llama")
+    inputs = tm.left_padded([20, 7])
+    for more in ({"num_beams": 2}, {"do_sample": True, "top_k": 5}):
+        both = []
+        for capacity in (None, 64):
+            torch.manual_seed(0)
+            both.append(tm.generate(model, inputs, bh.CompressedCache(MIXED, model, capacity=capacity), new=30, **more)[0])
+        assert torch.equal(*both)
