@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 import bitsandheads as bh
 from bitsandheads import video
+from bitsandheads.cli import main
 
 av = pytest.importorskip("av")
 
@@ -333,18 +334,11 @@ def test_command_line(clip: tuple[Path, torch.Tensor], tmp_path: Path) -> None:
     assert [a["new_tokens"] for a in answers] == [4, 4]
 
 
-def test_command_line_errors_are_one_line(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "bitsandheads",
-        "generate",
-        "--model",
-        str(tmp_path),
-        "--prompt",
-        "x",
-        "--video",
-        str(tmp_path / "no.mp4"),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2 and "VideoFileError" in done.stderr and "Traceback" not in done.stderr
+def test_command_line_errors_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(
+        sys, "argv", ["bitsandheads", "generate", "--model", str(tmp_path), "--prompt", "x", "--video", str(tmp_path / "no.mp4")]
+    )
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.startswith("VideoFileError: There is no file")
