@@ -28,10 +28,16 @@ def plans() -> list:
 
 @torch.no_grad()
 def run(m, plan, backend: str, ids: torch.Tensor, mask: torch.Tensor, steps: list[int]) -> torch.Tensor:
+    """Logits of the steps after a prompt that the reference packs, so that backends attend to the same bytes."""
     with bh.enabled(m):
-        cache = bh.CompressedCache(plan, m, backend=backend)
+        packs = any(g.quant is not None for g in plan.groups)
+        cache = bh.CompressedCache(plan, m, backend="reference" if packs else backend)
         at = ids.shape[1] - sum(steps)
         m(ids[:, :at], attention_mask=mask[:, :at], past_key_values=cache)
+        for layer in cache.compressed_layers():
+            layer.backend = backend
+            for store in layer.stores:
+                store.backend = backend
         logits = []
         for n in steps:
             logits.append(m(ids[:, at : at + n], attention_mask=mask[:, : at + n], past_key_values=cache).logits.double())

@@ -1,7 +1,5 @@
 """The kernels of packing and appending on a GPU, against the PyTorch reference on the same tokens. pytest -m gpu tests/gpu."""
 
-from dataclasses import replace
-
 import pytest
 import test_pack as t
 import torch
@@ -76,20 +74,17 @@ def test_jacobi(dim: int) -> None:
     t.check_jacobi(dim, "cuda")
 
 
-@pytest.mark.parametrize(
-    ("preset", "prompt", "worst"), [("balanced", 1500, 0.05), ("extreme", 1200, 0.08), ("kivi-2", 700, 0.02), ("vidkv-1.5/1.66", 700, 0.05)]
-)
-def test_life_of_a_layer(preset: str, prompt: int, worst: float) -> None:
+@pytest.mark.parametrize(("preset", "prompt"), [("balanced", 1500), ("extreme", 1200), ("kivi-2", 700), ("vidkv-1.5/1.66", 700)])
+def test_life_of_a_layer(preset: str, prompt: int) -> None:
     """Prompt with padding, single tokens over several tiles, chunks."""
-    quant = replace(quant_of(preset), basis_tokens=512)
-    t.check_life(quant, 128, torch.bfloat16, "cuda", prompt, [1] * 150 + [4, 8, 300, 1], worst, window=True)
+    t.check_life(quant_of(preset), 128, torch.bfloat16, "cuda", prompt, [1] * 150 + [4, 8, 300, 1], window=True)
 
 
 def test_steps_in_a_captured_graph() -> None:
     """Append, attention and the packing of a full tile, all decided on the device: the replayed graph does what the eager layer does."""
     quant = quant_of("balanced")
-    eager, _ = t.life("triton", quant, 128, torch.bfloat16, "cuda", 1000, [1])
-    captured, _ = t.life("triton", quant, 128, torch.bfloat16, "cuda", 1000, [1])
+    eager, *_ = t.life("triton", quant, 128, torch.bfloat16, "cuda", 1000, [1])
+    captured, *_ = t.life("triton", quant, 128, torch.bfloat16, "cuda", 1000, [1])
     store = captured.stores[0]
     store.tail.reserve(400)
     store.bank.reserve(12)
@@ -140,8 +135,8 @@ def test_compiled() -> None:
 
 
 @torch.no_grad()
-def test_the_same_text_as_the_reference() -> None:
-    """Greedy generation over several packed tiles, in float32, where near ties of the logits are rare."""
+def test_nearly_the_same_text_as_the_reference() -> None:
+    """The reference's greedy text, token by token over several packed tiles: the kernels would have chosen the same next tokens."""
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=2,
@@ -151,19 +146,23 @@ def test_the_same_text_as_the_reference() -> None:
     ids = torch.randint(0, 512, (2, 900), generator=torch.Generator().manual_seed(1)).cuda()
     for plan in ("balanced", "kivi-2"):
         with bh.enabled(model):
-            texts = [
-                model.generate(
-                    ids, past_key_values=bh.CompressedCache(plan, model, backend=b), max_new_tokens=200, do_sample=False, pad_token_id=0
-                )
-                for b in ("auto", "reference")
-            ]
-        same = (texts[0] == texts[1])[:, 900:].int().cumprod(1).sum(1)
-        assert (same >= 100).all(), same
+            text = model.generate(
+                ids,
+                past_key_values=bh.CompressedCache(plan, model, backend="reference"),
+                max_new_tokens=200,
+                do_sample=False,
+                pad_token_id=0,
+            )
+            cache = bh.CompressedCache(plan, model)
+            logits = [model(ids, past_key_values=cache).logits[:, -1:]]
+            logits += [model(text[:, i : i + 1], past_key_values=cache).logits for i in range(900, text.shape[1] - 1)]
+        agree = (torch.cat(logits, 1).argmax(-1) == text[:, 900:]).float().mean().item()
+        assert agree > 0.9, (plan, agree)
 
 
 def test_numbers_that_cannot_be_packed() -> None:
     for bad, quant in ((torch.nan, "balanced"), (torch.inf, "kivi-2")):
-        layer, _ = t.life("triton", quant_of(quant), 64, torch.bfloat16, "cuda", 1000, [1])
+        layer, *_ = t.life("triton", quant_of(quant), 64, torch.bfloat16, "cuda", 1000, [1])
         k = torch.full((2, 2, 1, 64), bad, device="cuda", dtype=torch.bfloat16)
         q = torch.ones(2, 4, 1, 64, device="cuda", dtype=torch.bfloat16)
         with pytest.raises(bh.NotFiniteError, match="of KV heads"):

@@ -29,6 +29,18 @@ def _number(layout: TileLayout, which: Which, names: tuple[str, ...]) -> int:
     return _NUMBERS[description]
 
 
+def kernels_failed(error: Exception, what: str, backend: str) -> None:
+    """A Triton kernel cannot be built for these shapes (registers, shared memory): one log line, and the reference takes over.
+
+    Raises:
+        BackendError: "triton" was asked for by name.
+    """
+    why = f"{type(error).__name__}: {str(error)[:500]}"
+    if backend == "triton":
+        raise BackendError(f'The "triton" backend cannot {what}: {why}. Use backend="reference" or "auto".') from error
+    say_once(f"The triton backend cannot {what} ({why}); the plain PyTorch reference takes over.")
+
+
 def packing_backend(x: Tensor, backend: str) -> str:
     """Who packs tokens like x: "triton" or "reference".
 
@@ -81,12 +93,17 @@ def _pack(
     layout, which, names = _DESCRIPTIONS[description]
     half, base = (layout.keys, 0) if which == "keys" else (layout.values, layout.keys.nbytes)
     named = dict(zip(names, basis, strict=True))
-    if packing_backend(x, backend) == "reference":
-        _reference(x, tiles, jobs, due, half, base, named, skip, weight)
-        return
-    from . import triton_pack
+    if packing_backend(x, backend) == "triton":
+        from triton.errors import TritonError
 
-    triton_pack.pack_half(x, tiles, jobs, most, due, half, base, named, skip, weight, None, None, status)
+        from . import triton_pack
+
+        try:
+            triton_pack.pack_half(x, tiles, jobs, most, due, half, base, named, skip, weight, None, None, status)
+            return
+        except TritonError as e:
+            kernels_failed(e, f"pack {which} of head_dim {x.shape[3]} in {x.dtype}", backend)
+    _reference(x, tiles, jobs, due, half, base, named, skip, weight)
 
 
 @_pack.register_fake

@@ -15,7 +15,8 @@ from ..quant.transforms import fixed_rotation
 from . import pack_kernels as kernels
 
 LEVELS = {"minmax": 1, "gaussian": 2, "sign": 3, "ternary": 4}  # as in the kernels
-TUNING = {"num_warps": 8, "maxnreg": 128}  # of packing: two programs for each multiprocessor
+TUNING = {"num_warps": 8, "maxnreg": 128, "num_stages": 2}  # of packing: two programs for each multiprocessor
+WIDE = {"num_warps": 16, "num_stages": 1}  # from 256 channels on, where one program fills the shared memory
 PROGRAMS = 2
 PARTS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}  # bfloat16 numbers that add up to one of the type
 
@@ -162,7 +163,9 @@ def _constants(half: HalfLayout, base: int, tile_bytes: int) -> dict[str, object
         "N_TRITS": half.trit_axes[1],
         "DIRECT": _direct(half),
         "CODE_BITS": max(t.bit_length() for t in half.top),
-        "SCRATCH": 0 if _direct(half) else dp * 128 + half.trit_axes[1] * half.tokens,  # bytes of a program: two words a row and axis; trits
+        "SCRATCH": 0
+        if _direct(half)
+        else dp * 128 + half.trit_axes[1] * half.tokens,  # bytes of a program: two words a row and axis; trits
     }
 
 
@@ -196,5 +199,6 @@ def pack_half(
         0 if kept is None else kept.shape[2],
         DUE=due, SKIP=left_out, SKIP_PADDED=triton.next_power_of_2(max(left_out, 1)), WEIGHTED=weight is not None, KEEP=kept is not None, DOT=operand_dtype(),
         X_PARTS=PARTS[x.dtype], MATRIX=parts, ORDER="order" in basis, MEAN="mean" in basis, TWO_COLUMNS=two.columns, TWO_PADDED=two.padded,
-        TWO_WIDTH=two.width, ONE_COLUMNS=one.columns, ONE_PADDED=one.padded, ONE_WIDTH=one.width, num_stages=2, **numbers, **(tuning or TUNING),
+        TWO_WIDTH=two.width, ONE_COLUMNS=one.columns, ONE_PADDED=one.padded, ONE_WIDTH=one.width, **numbers,
+        **(tuning or (TUNING if dp < 256 else WIDE)),
     )  # fmt: skip

@@ -45,12 +45,13 @@ def attention_mass(q: Tensor, weight: Tensor, k: Tensor, counts: Tensor, longest
     blocks, bh = triton.cdiv(rows, BLOCK), batch * heads
     splits = max(1, min(triton.cdiv(longest, BLOCK), 2 * multiprocessors(q.device) // (blocks * bh)))
     sizes = {"D": dim, "DP": padded(dim), "R": rows, "N": n, "BLOCK": BLOCK, "DOT": _operand(q)}
+    options = {"num_warps": 8, "num_stages": 2 if dim <= 128 else 1}
     most, sums = torch.empty(2, bh, splits, rows, device=q.device)
-    kernels.query_sums[(blocks, splits, bh)](q, k, counts, most, sums, *k.stride()[:3], heads, scale * LOG2E, **sizes, num_warps=8)
+    kernels.query_sums[(blocks, splits, bh)](q, k, counts, most, sums, *k.stride()[:3], heads, scale * LOG2E, **sizes, **options)
     lse = torch.logsumexp((most + sums.log2()) / LOG2E, 1) * LOG2E
     mass = torch.zeros(batch, heads, longest, device=q.device)
     kernels.key_mass[(triton.cdiv(longest, BLOCK), bh)](
-        q, k, counts, lse, weight.contiguous(), mass, *k.stride()[:3], *mass.stride()[:2], heads, scale * LOG2E, **sizes, num_warps=8
+        q, k, counts, lse, weight.contiguous(), mass, *k.stride()[:3], *mass.stride()[:2], heads, scale * LOG2E, **sizes, **options
     )
     return mass
 
@@ -74,7 +75,7 @@ def moments(x: Tensor, weight: Tensor | None, skip: Tensor | None, jobs: Tensor,
     kernels.moments[(workers, batch * heads)](
         x, x if weight is None else weight, x if skip is None else skip, jobs, totals, grams, *x.stride()[:3],
         *((0, 0) if weight is None else weight.stride()[:2]), batch, heads, **_left_out(skip),
-        WEIGHTED=weight is not None, DOT=operand_dtype(), D=dim, DP=dp, TOKENS=tile, GROUP=group, num_warps=8, num_stages=2,
+        WEIGHTED=weight is not None, DOT=operand_dtype(), D=dim, DP=dp, TOKENS=tile, GROUP=group, num_warps=8, num_stages=2 if dp < 256 else 1,
     )  # fmt: skip
     return totals.sum(2)[..., :dim], grams.sum(2)[..., :dim, :dim]
 

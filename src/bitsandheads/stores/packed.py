@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..errors import CacheStateError, NotFiniteError
 from ..ops.heads import HeadSet
-from ..ops.pack import Which, pack, packing_backend
+from ..ops.pack import Which, kernels_failed, pack, packing_backend
 from ..ops.step import Held, Ring
 from ..quant.codec import Basis, HalfCodec
 from ..quant.metadata import LIMITS, unstorable
@@ -205,8 +205,13 @@ class PackedStore(Store):
     def _start(self, tiles: list[int], prompt: Prompt | None) -> None:
         """Find the basis of the sequences with tiles[b] > 0, and pack their first tiles[b] tiles."""
         if self._packer == "triton" and self.salient is None:
-            self._start_together(tiles, prompt)
-            return
+            from triton.errors import TritonError
+
+            try:
+                self._start_together(tiles, prompt)
+                return
+            except TritonError as e:
+                kernels_failed(e, f"pack a prompt of head_dim {self.tail.k.shape[3]} in {self.tail.k.dtype}", self.backend)
         alike: dict[tuple[int, int], list[int]] = {}
         for b, n in enumerate(tiles):
             if n:
