@@ -84,8 +84,7 @@ def diagonalize(matrices, vectors, sweeps, D: tl.constexpr, HALF: tl.constexpr):
     """Eigenvectors of symmetric float32 matrices [n, D, D] by Jacobi rotations, in place. Program: a matrix.
 
     D is even. Every round rotates D / 2 disjoint pairs (round-robin tournament, Brent and Luk, 1985), D - 1 rounds are a sweep.
-    vectors: float32 [n, D, D], rows; the identity before. A place of memory is read and written by the same thread, so that only rounds
-    must wait for each other.
+    vectors: float32 [n, D, D], rows; the identity before.
     """
     a = matrices + tl.program_id(0).to(tl.int64) * D * D
     v = vectors + tl.program_id(0).to(tl.int64) * D * D
@@ -108,7 +107,6 @@ def diagonalize(matrices, vectors, sweeps, D: tl.constexpr, HALF: tl.constexpr):
         c = 1.0 / tl.sqrt(1.0 + t * t)
         s = t * c
         ci, si, cj, sj = c[:, None], s[:, None], c[None], s[None]
-        tl.debug_barrier()
         at = p[:, None] * D
         bt = q[:, None] * D
         a_pp = tl.load(a + at + p[None], mask=both, other=0.0)
@@ -117,12 +115,13 @@ def diagonalize(matrices, vectors, sweeps, D: tl.constexpr, HALF: tl.constexpr):
         a_qq = tl.load(a + bt + q[None], mask=both, other=0.0)
         left_pp, left_pq = ci * a_pp - si * a_qp, ci * a_pq - si * a_qq
         left_qp, left_qq = si * a_pp + ci * a_qp, si * a_pq + ci * a_qq
+        v_p = tl.load(v + at + column[None], mask=whole, other=0.0)
+        v_q = tl.load(v + bt + column[None], mask=whole, other=0.0)
+        tl.debug_barrier()  # all have read what is now written
         tl.store(a + at + p[None], left_pp * cj - left_pq * sj, mask=both)
         tl.store(a + at + q[None], left_pp * sj + left_pq * cj, mask=both)
         tl.store(a + bt + p[None], left_qp * cj - left_qq * sj, mask=both)
         tl.store(a + bt + q[None], left_qp * sj + left_qq * cj, mask=both)
-        v_p = tl.load(v + at + column[None], mask=whole, other=0.0)
-        v_q = tl.load(v + bt + column[None], mask=whole, other=0.0)
         tl.store(v + at + column[None], ci * v_p - si * v_q, mask=whole)
         tl.store(v + bt + column[None], si * v_p + ci * v_q, mask=whole)
         tl.debug_barrier()
