@@ -12,6 +12,7 @@ Row = Mapping[str, Any]
 FAMILIES = ("full precision", "KIVI", "VidKV", "transform coding", "fewer heads", "both at once")
 KEPT = 0.5  # share of the heads that maps mark
 NEEDLE = "needle"
+LONGEST = 80  # letters of a text in a table of plain results
 
 
 def family(plan: str) -> int:
@@ -311,9 +312,13 @@ def speed(sources: Sources) -> Section:
 
 
 def _plain_table(file: File) -> Table:
-    """All rows of a file with their simple fields."""
-    columns = tuple(dict.fromkeys(k for r in file.rows for k, v in r.items() if v is None or isinstance(v, str | int | float)))
-    cells = tuple(tuple(r.get(c) if isinstance(r.get(c), str | int | float | None) else "" for c in columns) for r in file.rows)
+    """All rows of a file with their simple fields; long texts are left out."""
+
+    def simple(value: Any) -> bool:
+        return value is None or isinstance(value, int | float) or (isinstance(value, str) and len(value) <= LONGEST)
+
+    columns = tuple(k for k in dict.fromkeys(k for r in file.rows for k in r) if all(simple(r.get(k)) for r in file.rows))
+    cells = tuple(tuple(r.get(c) for c in columns) for r in file.rows)
     return Table(file.name, "", tuple(c.replace("_", " ") for c in columns), cells)
 
 
