@@ -161,12 +161,30 @@ def tasks_of(samples: int) -> list[Task]:
     return out
 
 
+def folders(output: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The run folders below a folder, whatever shards they belong to, and their run.json."""
+    for path in sorted(output.rglob("run.json")):
+        yield path.parent, json.loads(path.read_text())
+
+
+def whole_cells(output: Path, engine: str, samples: int) -> set[str]:
+    """Plans that an earlier run has answered for all samples."""
+    found: dict[str, set[str]] = {}
+    for folder, about in folders(output):
+        if about["config"].get("engine", "cache") == engine:
+            for r in read_records(folder):
+                found.setdefault(r["plan"], set()).add(r["id"])
+    return {plan for plan, ids in found.items() if len(ids) == samples}
+
+
 def run(args: argparse.Namespace) -> None:
     """The cells of one shard, one after the other."""
     started, longest = time.perf_counter(), 0.0
     number, shards = (int(x) for x in args.shard.split("/"))
     sources = sorted(p.stem for p in args.scores.glob("*.tsv"))
-    mine = [c for c in cells(sources) if args.only in c.name and (args.engine == "cache" or c.masked)][number::shards]
+    there = whole_cells(args.output, args.engine, args.samples)
+    wanted = [c for c in cells(sources) if args.only in c.name and (args.engine == "cache" or c.masked) and c.name not in there]
+    mine = [c for c in wanted if not (args.unmasked and c.masked)][number::shards]
     model, tokenizer = load(str(args.model), args.device)
     tasks = tasks_of(args.samples)
     for name in sources:
@@ -230,10 +248,10 @@ def merge(args: argparse.Namespace) -> None:
     """Rows from the records of all shards; a cell that is whole in two folders counts once."""
     by_engine: dict[str, dict[tuple[str, str], dict[str, Any]]] = {"cache": {}, "mask": {}}
     runs = []
-    for folder in sorted(args.output.rglob("run.json")):
-        runs.append(json.loads(folder.read_text()))
-        engine = runs[-1]["config"]["engine"]
-        for r in read_records(folder.parent):
+    for folder, about in folders(args.output):
+        runs.append(about)
+        engine = about["config"].get("engine", "cache")
+        for r in read_records(folder):
             by_engine[engine].setdefault((r["plan"], r["id"]), r | {"engine": engine})
     base = {k: r for found in by_engine.values() for k, r in found.items() if k[0] == "bf16"}
     model, _ = load(str(args.model), "cpu")
@@ -337,6 +355,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=1050)
     parser.add_argument("--batch-size", type=int, default=1050)
     parser.add_argument("--seconds", type=float, default=1e9)
+    parser.add_argument("--unmasked", action="store_true", help="only the cells that --engine mask cannot answer")
     parser.add_argument("--only", default="", help="cells whose name contains this")
     parser.add_argument("--device")
     parser.add_argument("--result", type=Path, default=RESULT)

@@ -99,11 +99,80 @@ def video_tiny(group: str) -> list[str]:
     return lines
 
 
+def _reasoner(keep: Callable[[dict], bool], columns: list[tuple[str, Callable[[dict], str]]]) -> list[str]:
+    """Rows of the tiny reasoner; of a cell that both engines ran the row of the cache."""
+    found: dict[tuple, dict] = {}
+    for r in json.loads((RESULTS / "heads-tiny-reasoner.json").read_text())["rows"]:
+        if keep(r) and (r["plan"] not in found or r["engine"] == "cache"):
+            found[r["plan"]] = r
+    lines = ["| " + " | ".join(name for name, _ in columns) + " |", "|---" * len(columns) + "|"]
+    for r in sorted(found.values(), key=lambda r: (r["scores"] != "all heads", r["scores"], r["bits"], r["window"], r["sparsity"])):
+        lines.append("| " + " | ".join(cell(r) for _, cell in columns) + " |")
+    return lines
+
+
+REASONER: list[tuple[str, Callable[[dict], str]]] = [
+    ("scores or method", lambda r: r["scores"]),
+    ("sparsity", lambda r: f"{r['sparsity']:g}"),
+    ("bytes saved", lambda r: f"{r['bytes_saved']:.0%}"),
+    ("accuracy [95%]", lambda r: f"{r['accuracy']:.3f} [{r['low']:.3f}, {r['high']:.3f}]"),
+    ("of the long ones", lambda r: f"{r['long_accuracy']:.3f}"),
+    ("output tokens", lambda r: f"{r['mean_output_tokens']:.0f}"),
+    ("repetition", lambda r: f"{r['repetition']:.3f}"),
+    ("cut off", lambda r: f"{r['truncated']:.3f}"),
+]
+
+
+def heads_reasoner() -> list[str]:
+    return _reasoner(lambda r: r["bits"] == "bf16" and r["window"] == "32+128", REASONER)
+
+
+def heads_compose() -> list[str]:
+    packed = ("packed", lambda r: f"{r['packed_share']:.0%}")
+    bits = ("bits", lambda r: f"`{r['bits']}`")
+    return _reasoner(lambda r: r["bits"] != "bf16", [bits, *REASONER[:3], packed, *REASONER[3:]])
+
+
+def heads_exact() -> list[str]:
+    rows = json.loads((RESULTS / "heads-exact.json").read_text())["rows"]
+    sparsities = sorted({r["sparsity"] for r in rows if r["sparsity"]})
+    lines = ["| scores | " + " | ".join(f"s = {s:g}" for s in sparsities) + " |", "|---" * (len(sparsities) + 1) + "|"]
+    for name in dict.fromkeys(r["scores"] for r in rows if r["sparsity"]):
+        own = {r["sparsity"]: r for r in rows if r["scores"] == name}
+        cells = [f"{own[s]['unchanged']:.2f} [{own[s]['low']:.2f}, {own[s]['high']:.2f}]" for s in sparsities]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def heads_memory() -> list[str]:
+    lines = ["| plan | MiB by the allocator | by the plan | times smaller than bf16 |", "|---" * 4 + "|"]
+    for r in json.loads((RESULTS / "heads-memory.json").read_text())["rows"]:
+        lines.append(f"| `{r['plan']}` | {r['allocator_bytes'] / 2**20:.1f} | {r['plan_bytes'] / 2**20:.1f} | {r['times_smaller']:.1f} |")
+    return lines
+
+
+def heads_smollm2() -> list[str]:
+    lines = [
+        "| scores | sparsity | bytes saved at 1k tokens | KL of long text [95%] | top-1 | needles found [95%] |",
+        "|---" * 6 + "|",
+    ]
+    for r in json.loads((RESULTS / "heads-smollm2.json").read_text())["rows"]:
+        kl = f"{r['kl']:.3f} [{r['kl_low']:.3f}, {r['kl_high']:.3f}] | {r['top1']:.3f}" if r["kl"] is not None else "- | -"
+        found = f"{r['needles']:.2f} [{r['needles_low']:.2f}, {r['needles_high']:.2f}]" if r["needles"] is not None else "-"
+        lines.append(f"| {r['scores']} | {r['sparsity']:g} | {r['bytes_saved']:.0%} | {kl} | {found} |")
+    return lines
+
+
 TABLES: dict[str, Callable[[], list[str]]] = {
     "presets": presets,
     "presets-by-length": presets_by_length,
     "decode": decode,
     "decode-qwen": decode_qwen,
+    "heads-reasoner": heads_reasoner,
+    "heads-compose": heads_compose,
+    "heads-exact": heads_exact,
+    "heads-memory": heads_memory,
+    "heads-smollm2": heads_smollm2,
     "video-tiny": partial(video_tiny, "setting"),
     "video-tiny-ablations": partial(video_tiny, "ablation"),
 }

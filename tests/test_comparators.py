@@ -159,6 +159,15 @@ def test_never_more_bytes_than_the_plan(name: str, sparsity: float) -> None:
     assert cache.memory_bytes() > 0.7 * most  # and the budget is used
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_nothing_is_evicted_while_the_plan_holds_everything(name: str) -> None:
+    window = bh.Window(4, 30)
+    budget = Budget(plan_of(0.5, window), [SHAPE], 2, METHODS[name])
+    limit = window.sink + window.recent + 16  # a windowed head keeps 16 tokens more for a step back
+    assert [budget.tokens(n) for n in range(limit + 1)] == list(range(limit + 1))
+    assert budget.tokens(limit + 100) < limit + 100
+
+
 def test_batch_selection() -> None:
     model = tm.make("qwen3")
     plan = plan_of(1, bh.Window(2, 6), layers=2)

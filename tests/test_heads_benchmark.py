@@ -76,11 +76,12 @@ def test_run_and_merge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one = lambda samples: [Task("reasoning", reasoning.samples("test", samples, levels=(0, 2)), reasoning.score, 12)]  # noqa: E731
     monkeypatch.setattr(bench, "tasks_of", one)
     args = Namespace(output=tmp_path / "runs", scores=scores, model=bench.ROOT / "models" / "tiny-reasoner", samples=6, batch_size=6)
-    common = {"shard": "0/1", "seconds": 1e9, "device": "cpu", "result": tmp_path / "r.json"}
+    common = {"shard": "0/1", "seconds": 1e9, "device": "cpu", "unmasked": False, "result": tmp_path / "r.json"}
     for engine, only in (("cache", "h2o@0.5"), ("cache", "bf16+random-0@0.5"), ("mask", "")):
         run = Namespace(**vars(args), **common, engine=engine, only=only)
         run.output = args.output / (only or "rest")
         bench.run(run)
+        assert len(bench.whole_cells(args.output, engine, 6)) == (len(bench.SPARSITIES) + 1 if engine == "mask" else 1 + (only[0] == "b"))
         bench.run(run)  # nothing is left to do
     bench.merge(Namespace(**vars(args), **common))
     data = json.loads((tmp_path / "r.json").read_text())

@@ -2,8 +2,8 @@
 
 The comparators drop tokens of every head; a plan with head scores drops them of some heads only. To compare them at equal memory
 each method gets, at every length, as many tokens for each KV head as the plan holds on average over its heads, with whatever the
-method must store beside them (accumulated scores, queries) taken off. The prompt is read with full attention by all of them, then
-cut down to the budget.
+method must store beside them (accumulated scores, queries) taken off. While the plan drops nothing they drop nothing. The prompt is
+read with full attention by all of them, then cut down to the budget.
 
     plan = bitsandheads.rlkv(scores, 0.5)
     cache = EvictionCache(H2O(), plan, model)            # as much memory as the plan
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from bitsandheads import CachePlan
+from bitsandheads import CachePlan, HeadGroup
 from bitsandheads.layer import ChunkMask
 from bitsandheads.plan import LayerShape
 from bitsandheads.seam import CompressedCacheLayer, MaskReader, layer_shapes, text_config
@@ -52,7 +52,7 @@ class Budget:
     """
 
     def __init__(self, plan: CachePlan, shapes: list[LayerShape], itemsize: int, method: Method) -> None:
-        self.plan, self.itemsize = plan.resolve(shapes), itemsize
+        self.plan, self.full, self.itemsize = plan.resolve(shapes), CachePlan("", (HeadGroup(),)).resolve(shapes), itemsize
         self.heads = sum(s.kv_heads for s in shapes)
         shape = shapes[0]
         self.fixed = method.queries * (shape.q_heads // shape.kv_heads) * shape.head_dim * itemsize
@@ -60,14 +60,15 @@ class Budget:
         self._known: list[int] = []
 
     def tokens(self, length: int) -> int:
-        """Tokens that each head may hold of a sequence of so many; at least 1, at most all.
+        """Tokens that each head may hold of a sequence of so many; at least 1, at most all; all where the plan drops nothing yet.
 
         A windowed head holds ROLLBACK tokens more or less as it grows; the most that it holds counts.
         """
         while len(self._known) <= length:
             t = len(self._known)
             most = max(self.plan.bytes_for(t, 1, self.itemsize, generated) for generated in (0, min(ROLLBACK - 1, t)))
-            self._known.append(min(t, max(1, (most // self.heads - self.fixed) // self.token)))
+            whole = most == self.full.bytes_for(t, 1, self.itemsize)
+            self._known.append(t if whole else min(t, max(1, (most // self.heads - self.fixed) // self.token)))
         return self._known[length]
 
     def bytes_for(self, length: int) -> int:
