@@ -59,6 +59,25 @@ def unchanged(model: Any, ids: Tensor, solution: list[int], cache: DynamicCache,
     return logits.argmax(-1).tolist() == solution[1:]
 
 
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """The share of unchanged solutions by sparsity, a line for each source of scores."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    start = next(r for r in rows if r["scores"] == WHOLE)
+    for name in dict.fromkeys(r["scores"] for r in rows if r["scores"] != WHOLE):
+        own = [start, *(r for r in rows if r["scores"] == name)]
+        y = [r["unchanged"] for r in own]
+        error = [[max(a - r["low"], 0) for a, r in zip(y, own, strict=True)], [max(r["high"] - a, 0) for a, r in zip(y, own, strict=True)]]
+        style = {"color": "0.6", "linestyle": ":"} if name.startswith("random") else {}
+        axes.errorbar([r["sparsity"] for r in own], y, error, label=name, marker="o", markersize=4, capsize=2, **style)
+    axes.set(xlabel="sparsity (share of KV heads windowed)", ylabel=f"solutions unchanged, of {start['n']}", ylim=(-0.03, 1.03))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, metadata={"Date": None})
+
+
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -66,7 +85,10 @@ def main() -> None:
     parser.add_argument("--scores", type=Path, default=SCORES)
     parser.add_argument("--samples", type=int, default=189)
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--plot", type=Path, help="only draw what --output holds")
     args = parser.parse_args()
+    if args.plot:
+        return plot(json.loads(args.output.read_text())["rows"], args.plot)
     model, _ = load(str(args.model), "cpu")
     sources = sorted(p.stem for p in args.scores.glob("*.tsv"))
     cells = [Cell(WHOLE, 0.0)] + [Cell(name, s) for name in sources for s in sorted(SPARSITIES)]

@@ -136,7 +136,8 @@ def heads_compose() -> list[str]:
 def heads_exact() -> list[str]:
     rows = json.loads((RESULTS / "heads-exact.json").read_text())["rows"]
     sparsities = sorted({r["sparsity"] for r in rows if r["sparsity"]})
-    lines = ["| scores | " + " | ".join(f"s = {s:g}" for s in sparsities) + " |", "|---" * (len(sparsities) + 1) + "|"]
+    head = [f"scores ({rows[0]['n']} problems)", *(f"s = {s:g}" for s in sparsities)]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for name in dict.fromkeys(r["scores"] for r in rows if r["sparsity"]):
         own = {r["sparsity"]: r for r in rows if r["scores"] == name}
         cells = [f"{own[s]['unchanged']:.2f} [{own[s]['low']:.2f}, {own[s]['high']:.2f}]" for s in sparsities]
