@@ -124,7 +124,7 @@ def test_a_short_run(tmp_path: Path) -> None:
 
 def test_the_runner_asks_about_packed_clips(model) -> None:
     """Records of every plan; the whole plan answers like DynamicCache with the same padding, a packed one has fewer bits."""
-    samples = list(video.samples(6, "test", 16, per_clip=3))
+    samples = list(video.samples(6, "test", 24, per_clip=3))
     tok = tv.tokenizer()
     task = clip_task(model.config, samples)
     model.generation_config.eos_token_id = tok.convert_tokens_to_ids(tv.END)
@@ -151,7 +151,8 @@ def test_the_runner_asks_about_packed_clips(model) -> None:
     ]
     assert [r.output for r in whole] == [r.output for r in seen["bf16"]]
     assert seen["bf16"][0].bits_per_element == 16
-    assert all(seen[p][0].held_bytes < 0.75 * seen["bf16"][0].held_bytes for p in ("balanced", "random", "vidkv-1.5/1.66-stp"))
+    size = {name: records[0].held_bytes / seen["bf16"][0].held_bytes for name, records in seen.items()}
+    assert max(size["random"], size["vidkv-1.5/1.66-stp"]) < 0.6 and size["balanced"] < 0.8, size
 
 
 def own_cache(model, inputs, cache, config):
