@@ -173,7 +173,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "heads-compose": heads_compose,
     "heads-exact": heads_exact,
     "heads-memory": heads_memory,
-    "heads-smollm2": heads_smollm2,
+    "heads-smollm": heads_smollm2,
     "video-tiny": partial(video_tiny, "setting"),
     "video-tiny-ablations": partial(video_tiny, "ablation"),
 }
