@@ -56,7 +56,7 @@ def test_dialogues_say_what_was_asked(batch) -> None:
 def test_step_is_the_models_own_loss(model, batch) -> None:
     """Clip tokens put in by hand or by the model's forward pass: the same loss, from the layout of the chat template."""
     scenes, (ids, target, _), _ = batch
-    step = tv.Step(model, torch.optim.SGD(model.parameters(), lr=0.0), 3, 8, ids.shape[1])
+    step = tv.Step(model, 3, 8, ids.shape[1])
     frames = video.render(scenes)
     for buffer, value in ((step.clips, frames), (step.ids, ids), (step.target, target)):
         buffer.copy_(value)

@@ -49,7 +49,8 @@ class Config:
     vision_layers: int = 2
     vision_ffn: int = 384
     patch: int = 6
-    lr: float = 1.5e-3
+    muon: bool = True
+    lr: float = 2e-3
     weight_decay: float = 0.05
     warmup: int = 200
     decay: float = 0.4
@@ -61,8 +62,8 @@ class Config:
 
 CONFIGS = {
     "base": Config(),
-    "slow": Config(lr=6e-4),
-    "wide": Config(hidden=384, layers=4, ffn=1024, lr=1e-3),
+    "slow": Config(lr=1e-3),
+    "adamw": Config(muon=False, lr=1e-3),
     "plain": Config(compiled=False),
     "test": Config(
         hidden=128,
@@ -220,22 +221,22 @@ def place_patches(model: Model) -> None:
 
 
 class Step:
-    """Forward, backward and update on fixed buffers: on a GPU recorded once as a CUDA graph, then replayed.
+    """Forward and backward on fixed buffers: on a GPU recorded once as a CUDA graph, then replayed.
 
     Attributes:
         clips: uint8 [B, T, 3, SIZE, SIZE]; ids: [B, L]; target: [B, L - 2], the next token of ids[:, 1:] or -100; to be filled before
             `run`. loss, hits: results of the last `run`; hits: bool [B, L - 2].
     """
 
-    def __init__(self, model: Model, optimizer: torch.optim.Optimizer, size: int, frames: int, width: int) -> None:
-        self.model, self.optimizer, device = model, optimizer, model.device
+    def __init__(self, model: Model, size: int, frames: int, width: int) -> None:
+        self.model, device = model, model.device
         self.clips = torch.zeros(size, frames, 3, video.SIZE, video.SIZE, dtype=torch.uint8, device=device)
         self.ids = torch.zeros(size, width, dtype=torch.long, device=device)
         self.target = torch.zeros(size, width - 2, dtype=torch.long, device=device)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.loss = self.hits = torch.zeros(())
 
-    def _step(self) -> None:
+    def _gradients(self) -> None:
         model, on_gpu = self.model, self.ids.is_cuda
         with torch.autocast(self.ids.device.type, torch.bfloat16, enabled=on_gpu, cache_enabled=False):
             seen = model.model.get_video_features(pixels(self.clips)).pooler_output
@@ -248,35 +249,46 @@ class Step:
         self.loss = cross_entropy(logits.float().flatten(0, 1), self.target.flatten())
         self.loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        self.optimizer.step()
         self.hits = logits.argmax(-1) == self.target
 
     def run(self) -> None:
-        """One step of training."""
+        """New gradients for all weights."""
         if self.graph is not None:
             self.graph.replay()
             return
-        self.optimizer.zero_grad(set_to_none=True)
-        self._step()
+        self.model.zero_grad(set_to_none=True)
+        self._gradients()
 
     def record(self) -> None:
-        """Record the graph, after three steps that train like others."""
+        """Record the graph, after three runs that warm up."""
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
             for _ in range(3):
                 self.run()
         torch.cuda.current_stream().wait_stream(aside)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph):
-                self._step()
+                self._gradients()
         except RuntimeError as error:
             print(f"no CUDA graph, steps run one kernel at a time: {error}", flush=True)
             torch.cuda.synchronize()
             return
         self.graph = graph
+
+
+def make_optimizers(model: Model, c: Config) -> list[torch.optim.Optimizer]:
+    """AdamW for all weights, or Muon (Jordan et al. 2024) for the matrices of the layers and AdamW for the rest."""
+    hidden = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name and "lm_head" not in name]
+    known = set(hidden)
+    rest = [p for p in model.parameters() if p not in known]
+    adamw = {"lr": c.lr, "betas": (0.9, 0.97), "fused": model.device.type == "cuda"}
+    if not c.muon:
+        return [torch.optim.AdamW([{"params": hidden, "weight_decay": c.weight_decay}, {"params": rest, "weight_decay": 0.0}], **adamw)]
+    muon = torch.optim.Muon(hidden, lr=c.lr, weight_decay=c.weight_decay, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    return [muon, torch.optim.AdamW(rest, weight_decay=0.0, **adamw)]
 
 
 def train(c: Config, out: Path, minutes: float, device: torch.device) -> Model:
@@ -290,11 +302,7 @@ def train(c: Config, out: Path, minutes: float, device: torch.device) -> Model:
     if c.compiled:
         for layer in [*model.model.language_model.layers, *model.model.vision_tower.encoder.layers]:
             layer.compile(dynamic=False)
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    others = [p for p in model.parameters() if p.ndim < 2]
-    lr = torch.tensor(c.lr, device=device)
-    groups = [{"params": matrices, "weight_decay": c.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.97), fused=on_gpu, capturable=on_gpu)
+    optimizers = make_optimizers(model, c)
     encoder, stream = Encoder(device), Stream(1 << 40, device, 8192 if on_gpu else 512, c.asked)
     templates = len(video.TEMPLATES) + 1
     right, total, losses = torch.zeros(templates, device=device), torch.zeros(templates, device=device), torch.zeros((), device=device)
@@ -309,21 +317,25 @@ def train(c: Config, out: Path, minutes: float, device: torch.device) -> Model:
         fresh = step is None or step.clips.shape[:2] != (size, frames)
         if step is None or fresh:
             step = None  # the old graph's memory goes first
-            step = Step(model, optimizer, size, frames, ids.shape[1])
-        lr.fill_(c.lr * min(1, (number + 1) / c.warmup, (1 - done) / c.decay))
+            step = Step(model, size, frames, ids.shape[1])
+        lr = c.lr * min(1, (number + 1) / c.warmup, (1 - done) / c.decay)
         step.clips.copy_(video.render(scenes))
         step.ids.copy_(ids)
         step.target.copy_(target)
         if fresh and on_gpu:
             step.record()
         step.run()
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
         hits = step.hits.float().flatten()
         right.index_add_(0, which.flatten(), hits)
         total.index_add_(0, which.flatten(), torch.ones_like(hits))
         losses += step.loss.detach()
         number, since, seen = number + 1, since + 1, seen + size
         if number % 100 == 0 or (not on_gpu and number % 20 == 0):
-            line = {"step": number, "frames": frames, "clips": seen, "lr": round(float(lr), 6), "loss": round(float(losses) / since, 4)}
+            line = {"step": number, "frames": frames, "clips": seen, "lr": round(lr, 6), "loss": round(float(losses) / since, 4)}
             line |= {"seconds": round(time.perf_counter() - started, 1)} | accuracy_line(right, total)
             log.write(json.dumps(line) + "\n")
             log.flush()
