@@ -57,7 +57,7 @@ def test_packing_starts_while_steps_run() -> None:
     assert torch.equal(first.bank.tiles[:, :, :1], same.bank.tiles[:, :, :1])
 
 
-def test_a_step_is_one_graph_for_many_steps_turns_and_caches() -> None:
+def test_a_step_is_one_graph_for_many_steps_turns_caches_and_plans() -> None:
     model = tm.make("llama")
     first, second = tm.left_padded([40, 17, 9]), tm.tokens(3, 5, seed=7)
     mask = torch.cat([first["attention_mask"], torch.ones(3, 155, dtype=torch.long)], 1)
@@ -71,8 +71,13 @@ def test_a_step_is_one_graph_for_many_steps_turns_and_caches() -> None:
         assert min(cache.compressed_layers()[0].stores[0].bank.count) >= 15
         outs.append(out)
     assert torch.equal(*outs)
-    other = tm.generate(model, first, bh.CompressedCache(MIXED, model, capacity=400), new=4, compile_config=compiled())[0]
+    other = tm.generate(model, first, bh.CompressedCache(MIXED, model, capacity=300), new=4, compile_config=compiled())[0]
     assert torch.equal(other, outs[0][:, :44])
+    whole = [
+        tm.generate(model, first, bh.CompressedCache("bf16", model, capacity=100), new=4, **how)[0]
+        for how in ({}, {"compile_config": compiled()})
+    ]
+    assert torch.equal(*whole)  # another plan and another capacity are steps of the same graph
     assert counters["stats"]["unique_graphs"] == 1, "a step was compiled again"
     assert not counters["graph_break"]
 
@@ -126,13 +131,13 @@ def test_memory_is_taken_once_and_as_the_plan_says(plan: str) -> None:
     cache = bh.CompressedCache(PLANS[plan], model, capacity=capacity)
     tm.generate(model, tm.inputs_for(tm.tokens(1, 200)), cache, new=3)
     taken = cache.memory_bytes(allocated=True)
-    places = [t.data_ptr() for layer in cache.compressed_layers() for t in layer.step.written]
+    places = [store.places() for layer in cache.compressed_layers() for store in layer.step.stores]
     assert taken == cache.resolved.capacity_bytes(capacity, itemsize=4)
     with torch.no_grad():
         for i in range(capacity - 202):  # to the last place
             model(input_ids=tm.tokens(1, 1, seed=i), past_key_values=cache)
     assert cache.memory_bytes(allocated=True) == taken
-    assert [t.data_ptr() for layer in cache.compressed_layers() for t in layer.step.written] == places
+    assert [store.places() for layer in cache.compressed_layers() for store in layer.step.stores] == places
     assert cache.memory_bytes() <= taken
 
 
@@ -165,3 +170,17 @@ def test_beams_and_sampling() -> None:
             torch.manual_seed(0)
             both.append(tm.generate(model, inputs, bh.CompressedCache(MIXED, model, capacity=capacity), new=30, **more)[0])
         assert torch.equal(*both)
+
+
+def test_a_compiled_step_needs_the_cache_itself() -> None:
+    """A copied cell is an error, and so is a batch of another size."""
+    model = tm.make("llama")
+    cache = bh.CompressedCache(MIXED, model, capacity=64)
+    tm.generate(model, tm.left_padded([20, 9]), cache, new=4)
+    layer = next(part.layer for part in cache.layers)
+    assert cache.running and layer.step is not None
+    q, k = torch.zeros(2, 4, 1, 16), torch.zeros(2, 2, 1, 16)
+    with pytest.raises(bh.CacheStateError, match="copy of a cache's cell"):
+        torch.ops.bitsandheads.step(q, k, k, layer.step.cell.clone(), 1.0)
+    with pytest.raises(bh.ShapeError, match="holds 2 sequences and was given 3"):
+        layer.step(torch.zeros(3, 4, 1, 16), torch.zeros(3, 2, 1, 16), torch.zeros(3, 2, 1, 16), 1.0)

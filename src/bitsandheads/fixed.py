@@ -64,7 +64,7 @@ class FixedCapacity:
         if self.clock.device != self.layers[0].stores[0].counts.device:
             self.clock = self.clock.to(self.layers[0].stores[0].counts.device)
         self.clock.fill_(tokens)
-        for t in (self.clock, *(t for layer in self.layers if layer.step for t in (*layer.step.written, *layer.step.read))):
+        for t in (self.clock, *(layer.step.cell for layer in self.layers if layer.step)):
             torch._dynamo.mark_static_address(t)
         waiting = [s.steps_to_start() for layer in self.layers for s in layer.stores if isinstance(s, PackedStore)]
         self.wakes = min((tokens + n for n in waiting if n is not None), default=None)

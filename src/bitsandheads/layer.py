@@ -289,10 +289,10 @@ class CompressedLayer:
                 f"Layer {self.index} has windowed heads whose sinks are not full, because a prompt is shorter than a sink. A cache of fixed "
                 "capacity cannot go on from there: give longer prompts, or make the cache without capacity."
             )
-        self.step = LayerStep.of([store.fix(capacity) for store in self.stores])
+        self.step = LayerStep([store.fix(capacity) for store in self.stores], self.backend)
         like = self.stores[0].tail.k
         if like.is_cuda:
-            self.step.warm(like.new_zeros(self.batch, self.shape.q_heads, 1, self.shape.head_dim), self.shape.kv_heads, self.backend)
+            self.step.warm(like.new_zeros(self.batch, self.shape.q_heads, 1, self.shape.head_dim), self.shape.kv_heads)
 
     def settle(self) -> None:
         """After steps: let packed tiles leave the tails, on the device."""

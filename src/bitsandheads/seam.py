@@ -127,7 +127,7 @@ def _attention(base_name: str) -> Any:
             raise PlanError(f"This model's attention uses {', '.join(extra)}, which compressed layers do not support. Use DynamicCache.")
         scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
         if key.token is not None and key.layer.step is not None:
-            return key.layer.step(query, *key.token, scale, key.layer.backend), None
+            return key.layer.step(query, *key.token, scale), None
         chunk = key.masks.read(attention_mask, query.shape[2])
 
         def own(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -398,12 +398,8 @@ class CompressedCacheLayer(CacheLayerMixin):
     def __init__(self, masks: "MaskReader", layer: CompressedLayer, fixed: FixedCapacity | None = None) -> None:
         super().__init__()
         self.masks, self.layer, self.fixed = masks, layer, fixed
-
-    @property
-    def is_compileable(self) -> bool:  # type: ignore[override]
-        """Whether `generate` may compile the decode step: with fixed capacity, and where the kernels cover the plan."""
-        quants = [g.quant for g in self.layer.groups if g.quant is not None]
-        return self.fixed is not None and all(q.keys.per == "channel" for q in quants)
+        covered = all(g.quant is None or g.quant.keys.per == "channel" for g in layer.groups)  # by the kernels
+        self.is_compileable = fixed is not None and covered  # whether `generate` may compile the decode step
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Stores are made when the first tokens arrive."""
@@ -416,7 +412,10 @@ class CompressedCacheLayer(CacheLayerMixin):
             fixed.before(key_states.shape[2])
             fixed.check_room(int(self.get_seq_length()) + key_states.shape[2])
         if fixed is not None and fixed.running:
-            self.layer.check(key_states, value_states)
+            if (
+                not torch.compiler.is_compiling()
+            ):  # a compiled step must not depend on what the layer holds; its operator looks at the batch
+                self.layer.check(key_states, value_states)
             if first:
                 fixed.clock.add_(1)
             handle = LayerHandle(self.masks, self.layer, (key_states, value_states))
@@ -429,11 +428,15 @@ class CompressedCacheLayer(CacheLayerMixin):
         return handle, handle
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Logical tokens, and offset 0; for a step of fixed capacity minus the capacity, which tells our mask function that no mask is needed."""
-        if self.fixed is not None and not torch.compiler.is_compiling():
+        """Logical tokens, and offset 0; for a step of fixed capacity minus the capacity, which tells our mask function that no mask is needed.
+
+        A compiled step is to serve every capacity: it gets minus one.
+        """
+        compiling = torch.compiler.is_compiling()
+        if self.fixed is not None and not compiling:
             self.fixed.before(query_length)
         if self.fixed is not None and self.fixed.running:
-            return -self.fixed.capacity, 0
+            return -1 if compiling else -self.fixed.capacity, 0
         return self.layer.tokens + query_length, 0
 
     def get_seq_length(self) -> Any:

@@ -1,19 +1,23 @@
 """One decode step of a layer as one operator: append the new token, attend, remember the query, pack a full tile. Nothing is read by the host.
 
 `step` is the custom operator `torch.ops.bitsandheads.step` with a fake implementation, so that it can be traced and captured in a CUDA graph
-(on a GPU with kernels for appending, attention and packing; the plain PyTorch reference reads the counts). Shape letters: B sequences,
-Hq query heads, H KV heads of the layer, h KV heads of a store, D head_dim, R remembered queries.
+(on a GPU with kernels for appending, attention and packing; the plain PyTorch reference reads the counts). What a layer holds is no argument of
+the operator: a compiled step would have to look at some twenty tensors of each layer every time, and would be compiled anew for each plan and
+capacity. The operator takes a *cell* instead, a tensor whose address stands for the places of all of them. A captured graph compares that address,
+and is captured again where a cell is another. Shape letters: B sequences, Hq query heads, H KV heads of the layer, h KV heads of a store,
+D head_dim, R remembered queries.
 """
 
-from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import Any, cast
+from collections.abc import Hashable
+from dataclasses import dataclass
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
+from ..errors import CacheStateError, ShapeError
 from ..quant.codec import Basis
-from . import _describe, _dispatch, _rebuild
+from . import _describe, _dispatch
 from .append import Growing, _head_index, append
 from .heads import HeadSet
 from .pack import Which, pack
@@ -46,92 +50,79 @@ class Held:
     status: Tensor | None = None
     ring: Ring | None = None
 
+    def places(self) -> Hashable:
+        """Where everything lies, and what it is: equal for two stores only if a captured step of one is a step of the other."""
+        tensors = [self.counts, *(() if self.status is None else (self.status,))]
+        if self.ring is not None:
+            tensors += [self.ring.q, self.ring.weight, self.ring.place]
+        shape = _describe(self.heads, tensors)
+        return shape, self.leave, self.status is None, tuple((t.data_ptr(), t.dtype, t.shape, t.stride()) for t in tensors)
 
-_DESCRIPTIONS: list[tuple[Any, ...]] = []
+
+_CELLS: dict[Hashable, Tensor] = {}  # by places; never freed, so that no address stands for two
+_STEPS: WeakValueDictionary[int, "LayerStep"] = WeakValueDictionary()  # by the address of the cell
 
 
-@lru_cache(maxsize=1024)
-def _number(description: tuple[Any, ...]) -> int:
-    _DESCRIPTIONS.append(description)
-    return len(_DESCRIPTIONS) - 1
-
-
-@dataclass
 class LayerStep:
     """A decode step of a layer, ready to be called any number of times, and traceable.
 
     Attributes:
-        written: the tensors that a step writes. read: those that it only reads.
-        number: of the description of everything that is no tensor.
+        stores: of the layer.
+        backend: who appends, attends and packs, see ops.
+        cell: int64 [1] on the stores' device, see the head of this file.
     """
 
-    written: list[Tensor]
-    read: list[Tensor]
-    number: int
+    def __init__(self, stores: list[Held], backend: str) -> None:
+        self.stores, self.backend = stores, backend
+        device = stores[0].counts.device
+        places = (device, backend, tuple(s.places() for s in stores))
+        if places not in _CELLS:
+            _CELLS[places] = torch.zeros(1, dtype=torch.int64, device=device)
+        self.cell = _CELLS[places]
+        _STEPS[self.cell.data_ptr()] = self
 
-    @classmethod
-    def of(cls, stores: list[Held]) -> "LayerStep":
-        """From the stores of a layer."""
-        written: list[Tensor] = []
-        read: list[Tensor] = []
-        descriptions = []
-        for s in stores:
-            packs = s.status is not None and s.heads.tiles is not None
-            tensors: list[Tensor] = []
-            shape = _describe(replace(s.heads, tiles=None), tensors)  # begins with tail_k, tail_v, lengths
-            written += [*tensors[:2], s.counts]
-            if packs:
-                written += [cast(Tensor, s.heads.tiles), cast(Tensor, s.status)]
-            if s.ring is not None:
-                written += [s.ring.q, s.ring.weight, s.ring.place]
-            read += tensors[3:]
-            descriptions.append((shape, len(tensors) - 3, s.leave, packs, s.ring is not None))
-        return cls(written, read, _number(tuple(descriptions)))
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """Append k, v [B, H, 1, D], attend with q [B, Hq, 1, D] -> [B, 1, Hq, D], pack what is full."""
-        return torch.ops.bitsandheads.step(q, k, v, self.written, self.read, self.number, scale, backend)
+        return torch.ops.bitsandheads.step(q, k, v, self.cell, scale)
 
-    def warm(self, q: Tensor, kv_heads: int, backend: str) -> None:
+    def warm(self, q: Tensor, kv_heads: int) -> None:
         """Compile the kernels and upload their tables, which no graph may do while it is captured. q: [B, Hq, 1, D]. Nothing is appended."""
         nothing = q.new_empty(q.shape[0], kv_heads, 0, q.shape[3])
-        _run(_held(self.number, self.written, self.read), q, nothing, nothing, 1.0, backend)
+        self.run(q, nothing, nothing, 1.0)
+
+    def run(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """What the operator does; k and v may hold no token."""
+        stores, batch = self.stores, self.stores[0].counts.shape[1]
+        if q.shape[0] != batch:
+            raise ShapeError(
+                f"The cache holds {batch} sequences and was given {q.shape[0]}. Use batch_select_indices, or reset() to start anew."
+            )
+        append(k, v, [Growing(s.heads.kv_heads, s.heads.tail_k, s.heads.tail_v, s.counts, s.leave) for s in stores], self.backend)
+        out = _dispatch(q, [s.heads for s in stores], scale, None, self.backend)[0]
+        for s in stores:
+            if s.ring is not None and k.shape[2]:
+                _remember(s.ring, q, s.heads.kv_heads, k.shape[1])
+            if s.heads.tiles is not None and s.heads.layout is not None and s.status is not None:
+                halves: list[tuple[Which, Tensor, Basis]]
+                halves = [("keys", s.heads.tail_k, s.heads.key_basis), ("values", s.heads.tail_v, s.heads.value_basis)]
+                for which, x, basis in halves:
+                    pack(x, s.heads.tiles, s.counts, 1, s.heads.layout, which, basis, due=True, status=s.status, backend=self.backend)
+        return out.transpose(1, 2).contiguous()
 
 
-def _held(number: int, written: list[Tensor], read: list[Tensor]) -> list[Held]:
-    """Inverse of LayerStep.of."""
-    written, read = list(written), list(read)
-    out = []
-    for shape, others, leave, packs, remembers in _DESCRIPTIONS[number]:
-        tail_k, tail_v, counts = (written.pop(0) for _ in range(3))
-        tiles, status = (written.pop(0), written.pop(0)) if packs else (None, None)
-        ring = Ring(*(written.pop(0) for _ in range(3))) if remembers else None
-        own = [tail_k, tail_v, counts[:3], *(read.pop(0) for _ in range(others))]
-        out.append(Held(replace(_rebuild(shape, own), tiles=tiles), counts, leave, status, ring))
-    return out
-
-
-@torch.library.custom_op("bitsandheads::step", mutates_args=("written",))
-def _step(q: Tensor, k: Tensor, v: Tensor, written: list[Tensor], read: list[Tensor], number: int, scale: float, backend: str) -> Tensor:
-    return _run(_held(number, written, read), q, k, v, scale, backend)
-
-
-def _run(stores: list[Held], q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str) -> Tensor:
-    append(k, v, [Growing(s.heads.kv_heads, s.heads.tail_k, s.heads.tail_v, s.counts, s.leave) for s in stores], backend)
-    out = _dispatch(q, [s.heads for s in stores], scale, None, backend)[0]
-    for s in stores:
-        if s.ring is not None and k.shape[2]:
-            _remember(s.ring, q, s.heads.kv_heads, k.shape[1])
-        if s.heads.tiles is not None and s.heads.layout is not None and s.status is not None:
-            halves: list[tuple[Which, Tensor, Basis]]
-            halves = [("keys", s.heads.tail_k, s.heads.key_basis), ("values", s.heads.tail_v, s.heads.value_basis)]
-            for which, x, basis in halves:
-                pack(x, s.heads.tiles, s.counts, 1, s.heads.layout, which, basis, due=True, status=s.status, backend=backend)
-    return out.transpose(1, 2).contiguous()
+@torch.library.custom_op("bitsandheads::step", mutates_args=())
+def _step(q: Tensor, k: Tensor, v: Tensor, cell: Tensor, scale: float) -> Tensor:
+    step = _STEPS.get(cell.data_ptr())
+    if step is None:
+        raise CacheStateError(
+            "A compiled decode step was given a copy of a cache's cell, or that of a cache that is gone. Compile the step with the cache that "
+            "it is used with, and without options that copy inputs."
+        )
+    return step.run(q, k, v, scale)
 
 
 @_step.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, written: list[Tensor], read: list[Tensor], number: int, scale: float, backend: str) -> Tensor:
+def _(q: Tensor, k: Tensor, v: Tensor, cell: Tensor, scale: float) -> Tensor:
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3])
 
 
