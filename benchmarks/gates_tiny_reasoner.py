@@ -1,7 +1,8 @@
 """Gate training on the tiny reasoner: three seeds, ablations, distillation; one run for each call, so that runs go side by side.
 
+    python benchmarks/gates_tiny_reasoner.py curriculum --output DIR  (the problems that the runs share; a run makes them if they are not there)
     python benchmarks/gates_tiny_reasoner.py rlkv-0 --output DIR      (or another name of RUNS)
-    python benchmarks/gates_tiny_reasoner.py check --output DIR           (accuracy by sparsity of every score file in DIR)
+    python benchmarks/gates_tiny_reasoner.py check --output DIR       (accuracy by sparsity of every score file in DIR)
 
 Scores are written to DIR/NAME.tsv, the log to DIR/NAME.csv, seconds, tokens and memory to DIR/NAME.json. Hyper-parameters:
 runs/tiny-reasoner.yaml, and what RUNS changes.
@@ -35,12 +36,14 @@ from bitsandheads.tasks import reasoning
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "runs" / "tiny-reasoner.yaml"
 POOL = "reasoning:train:4000:1"
+SOLVED = "curriculum.jsonl"
 SPREAD = Spread((64, 128, 208, 288), (100, 500, 900, 1200))
 RUNS: dict[str, dict[str, Any]] = {f"rlkv-{i}": {"seed": i} for i in range(3)} | {
     "rlkv-no-adaptive-0": {"penalty": "constant"},
     "rlkv-micro-batch-0": {"penalty": "micro_batch"},
     "rlkv-no-curriculum-0": {},
     "rlkv-window-16-64-0": {"sink": 16, "recent": 64},
+    "rlkv-beta-0.002-0": {"beta": 0.002},
 }
 DUO = {
     "steps": 300,
@@ -71,8 +74,9 @@ def reinforce(name: str, model: Any, tokenizer: Any, output: Path, changes: dict
 
     source = POOL
     if "no-curriculum" not in name:
-        source = str(output / f"{name}.jsonl")
-        curriculum(model, tokenizer, Path(source))
+        source = str(output / SOLVED)
+        if not Path(source).is_file():
+            curriculum(model, tokenizer, Path(source))
     config = load_config(TrainConfig, CONFIG, **(RUNS.get(name, {}) | changes))
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
@@ -161,6 +165,8 @@ def main() -> None:
     model, tokenizer = load(str(ROOT / "models" / "tiny-reasoner"))
     if args.name == "check":
         check(model, tokenizer, args.output)
+    elif args.name == "curriculum":
+        curriculum(model, tokenizer, args.output / SOLVED)
     elif args.name.startswith("duo"):
         distilled(args.name, model, tokenizer, args.output, changes)
     else:

@@ -23,7 +23,7 @@ from ..tasks import Sample
 from .config import TrainConfig
 from .problems import Reward
 from .prompts import make_engine, message
-from .trainer import GateTrainer, checkpoints
+from .trainer import GateTrainer, checkpoints, ranked
 
 BINS = 10  # of the gates' histogram
 BARS = "▁▂▃▄▅▆▇█"
@@ -151,7 +151,7 @@ def train(
     """Train the gates of a model; the folder `output` gets head_scores.tsv at the end.
 
     It also holds config.json, log.csv (a row for each step), tensorboard/, checkpoint-*/ (the newest two; whole or absent) and at the end
-    summary.json (seconds, tokens, peak memory). The model comes back without gates.
+    summary.json (seconds, tokens, peak memory). The model comes back without gates. Scores are the gates; see trainer.ranked for those at 0.
 
     Args:
         model: of transformers, on its device; its parameters are frozen.
@@ -179,9 +179,10 @@ def train(
             trainer.add_callback(_Report(output, gates, step, say))
         started = time.perf_counter()
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        steps = trainer.state.global_step
         scores = HeadScores.of(
-            gates.alpha, model, "rlkv", sink=config.sink, recent=config.recent, data=data, seed=config.seed, commit=commit,
-            extra={"steps": trainer.state.global_step, "penalty": config.penalty, "beta": config.beta, "tau": config.tau},
+            ranked(gates.alpha.detach(), trainer.total, steps), model, "rlkv", sink=config.sink, recent=config.recent, data=data,
+            seed=config.seed, commit=commit, extra={"steps": steps, "penalty": config.penalty, "beta": config.beta, "tau": config.tau},
         )  # fmt: skip
         if main:
             scores.save_pretrained(output)
