@@ -3,6 +3,7 @@
     python benchmarks/gates_tiny_reasoner.py curriculum --output DIR  (the problems that the runs share; a run makes them if they are not there)
     python benchmarks/gates_tiny_reasoner.py rlkv-0 --output DIR      (or another name of RUNS)
     python benchmarks/gates_tiny_reasoner.py check --output DIR       (accuracy by sparsity of every score file in DIR)
+    python benchmarks/gates_tiny_reasoner.py plot --output benchmarks/results/gates     (-> docs/heads-training.svg)
 
 Scores are written to DIR/NAME.tsv, the log to DIR/NAME.csv, seconds, tokens and memory to DIR/NAME.json. Hyper-parameters:
 runs/tiny-reasoner.yaml, and what RUNS changes.
@@ -35,6 +36,7 @@ from bitsandheads.tasks import reasoning
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "runs" / "tiny-reasoner.yaml"
+PLOT = ROOT / "docs" / "heads-training.svg"
 POOL = "reasoning:train:4000:1"
 SOLVED = "curriculum.jsonl"
 SPREAD = Spread((64, 128, 208, 288), (100, 500, 900, 1200))
@@ -153,6 +155,38 @@ def check(model: Any, tokenizer: Any, output: Path, names: list[str] | None = No
     (output / f"check-{'-'.join(names or ['all'])}.json").write_text(json.dumps(rows, indent=1) + "\n")
 
 
+def plot(folder: Path) -> None:
+    """Reward and sparsity of all runs by step, and every gate of the first seed."""
+    from matplotlib.figure import Figure
+
+    runs = {}
+    for path in sorted(folder.glob("rlkv-*.csv")):
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        runs[path.stem] = {k: np.array([float(r[k]) for r in rows]) for k in rows[0]}
+    figure = Figure(figsize=(11, 8), layout="constrained")
+    (reward, sparsity), (gates, ablations) = figure.subplots(2, 2, sharex=True)
+    for name, run in runs.items():
+        seed = name.removeprefix("rlkv-").isdecimal()
+        label = f"seed {name[-1]}" if seed else name.removeprefix("rlkv-").removesuffix("-0")
+        smooth = [run["reward"][max(i - 4, 0) : i + 1].mean() for i in range(len(run["step"]))]
+        (reward if seed else ablations).plot(run["step"], smooth, label=label)
+        sparsity.plot(run["step"], run["below_0.1"], label=label, linestyle="-" if seed else ":")
+    first = runs["rlkv-0"]
+    for name in (k for k in first if k.startswith("gate_")):
+        stays = first[name][-1] > 0
+        label = "layer {}, head {}".format(*name.split("_")[1:]) if stays else None
+        gates.plot(first["step"], first[name], label=label, color=None if stays else "0.8", zorder=2 + stays)
+    reward.set(ylabel="reward, mean of 5 steps", ylim=(0, 1.02))
+    sparsity.set(ylabel="share of gates below 0.1")
+    gates.set(ylabel="gates of seed 0", xlabel="step")
+    ablations.set(ylabel="reward, mean of 5 steps", xlabel="step", ylim=(0, 1.02))
+    for ax in (reward, sparsity, gates, ablations):
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize=7)
+    figure.savefig(PLOT, metadata={"Date": None})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("name")
@@ -162,6 +196,8 @@ def main() -> None:
     args = parser.parse_args()
     changes = {k: json.loads(v) for k, v in (item.split("=") for item in args.set)}
     args.output.mkdir(parents=True, exist_ok=True)
+    if args.name == "plot":
+        return plot(args.output)
     model, tokenizer = load(str(ROOT / "models" / "tiny-reasoner"))
     if args.name == "check":
         check(model, tokenizer, args.output)
