@@ -39,7 +39,7 @@ CONFIG = ROOT / "runs" / "tiny-reasoner.yaml"
 PLOT = ROOT / "docs" / "heads-training.svg"
 POOL = "reasoning:train:4000:1"
 SOLVED = "curriculum.jsonl"
-SPREAD = Spread((64, 128, 208, 288), (100, 500, 900, 1200))
+SPREAD = Spread((96, 192, 288, 400), (100, 500, 900, 1200))
 RUNS: dict[str, dict[str, Any]] = {f"rlkv-{i}": {"seed": i} for i in range(3)} | {
     "rlkv-no-adaptive-0": {"penalty": "constant"},
     "rlkv-micro-batch-0": {"penalty": "micro_batch"},
