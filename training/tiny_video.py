@@ -35,6 +35,7 @@ CHAT = (
 )
 
 
+LOG_SECONDS = 10
 WORDS_EACH = 13  # tokens of a question and its answer, on average at most
 
 
@@ -307,6 +308,7 @@ def train(c: Config, out: Path, minutes: float, device: torch.device) -> Model:
     templates = len(video.TEMPLATES) + 1
     right, total, losses = torch.zeros(templates, device=device), torch.zeros(templates, device=device), torch.zeros((), device=device)
     number = since = seen = 0
+    told = started
     step: Step | None = None
     log = (out / "train.jsonl").open("w")
     log.write(json.dumps({"config": asdict(c), "weights": sum(p.numel() for p in model.parameters()), "torch": torch.__version__}) + "\n")
@@ -334,7 +336,8 @@ def train(c: Config, out: Path, minutes: float, device: torch.device) -> Model:
         total.index_add_(0, which.flatten(), torch.ones_like(hits))
         losses += step.loss.detach()
         number, since, seen = number + 1, since + 1, seen + size
-        if number % 100 == 0 or (not on_gpu and number % 20 == 0):
+        if time.perf_counter() - told > LOG_SECONDS:
+            told = time.perf_counter()
             line = {"step": number, "frames": frames, "clips": seen, "lr": round(lr, 6), "loss": round(float(losses) / since, 4)}
             line |= {"seconds": round(time.perf_counter() - started, 1)} | accuracy_line(right, total)
             log.write(json.dumps(line) + "\n")
