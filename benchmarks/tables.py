@@ -3,6 +3,7 @@
 A table stands between `<!-- table: NAME -->` and `<!-- end -->` in README.md or a document.
 """
 
+import csv
 import json
 import re
 from collections.abc import Callable
@@ -99,15 +100,68 @@ def video_tiny(group: str) -> list[str]:
     return lines
 
 
-def _reasoner(keep: Callable[[dict], bool], columns: list[tuple[str, Callable[[dict], str]]]) -> list[str]:
+def _cells(keep: Callable[[dict], bool]) -> list[dict]:
     """Rows of the tiny reasoner; of a cell that both engines ran the row of the cache."""
-    found: dict[tuple, dict] = {}
+    found: dict[str, dict] = {}
     for r in json.loads((RESULTS / "heads-tiny-reasoner.json").read_text())["rows"]:
         if keep(r) and (r["plan"] not in found or r["engine"] == "cache"):
             found[r["plan"]] = r
+    return sorted(found.values(), key=lambda r: (r["scores"] != "all heads", r["scores"], r["bits"], r["window"], r["sparsity"]))
+
+
+def _reasoner(keep: Callable[[dict], bool], columns: list[tuple[str, Callable[[dict], str]]]) -> list[str]:
     lines = ["| " + " | ".join(name for name, _ in columns) + " |", "|---" * len(columns) + "|"]
-    for r in sorted(found.values(), key=lambda r: (r["scores"] != "all heads", r["scores"], r["bits"], r["window"], r["sparsity"])):
-        lines.append("| " + " | ".join(cell(r) for _, cell in columns) + " |")
+    return lines + ["| " + " | ".join(cell(r) for _, cell in columns) + " |" for r in _cells(keep)]
+
+
+def _by_sparsity(keep: Callable[[dict], bool], part: str = "") -> list[str]:
+    """Accuracy, a column for each sparsity; bold where it is not worse than with all heads. part: "long_" counts the long problems only."""
+    rows = [r for r in _cells(lambda r: keep(r) and r["scores"] != "all heads")]
+    sparsities = sorted({r["sparsity"] for r in rows})
+    lines = ["| scores or method | " + " | ".join(f"s = {s:g}" for s in sparsities) + " |", "|---" * (len(sparsities) + 1) + "|"]
+    for name, window in dict.fromkeys((r["scores"], r["window"]) for r in rows):
+        own = {r["sparsity"]: r for r in rows if (r["scores"], r["window"]) == (name, window)}
+        cells = []
+        for r in (own.get(s) for s in sparsities):
+            if r is None:
+                cells.append("-")
+                continue
+            accuracy, low, high = (r[part + k] for k in ("accuracy", "low", "high"))
+            mark = "" if r[part + "difference_high"] < 0 else "**"
+            cells.append(f"{mark}{accuracy:.3f}{mark} [{low:.3f}, {high:.3f}]")
+        lines.append(f"| {name}{'' if window == '32+128' else ', ' + window} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _plain(r: dict) -> bool:
+    return r["bits"] == "bf16"
+
+
+def _ablation(r: dict) -> bool:
+    return r["scores"].startswith("rlkv") or r["window"] != "32+128"
+
+
+def gates_cost() -> list[str]:
+    """What each training run of the gates took, and where it ended."""
+    lines = [
+        "| run | steps | minutes | tokens generated | tokens/s | share in rollouts | peak GB | reward, last 5 steps | gates above 0.1 | at 0 |",
+        "|---" * 10 + "|",
+    ]
+    for path in sorted((RESULTS / "gates").glob("rlkv-*.json")):
+        r = json.loads(path.read_text())
+        with path.with_suffix(".csv").open(newline="") as file:
+            log = list(csv.DictReader(file))
+        gates = [float(v) for k, v in log[-1].items() if k.startswith("gate_")]
+        reward = sum(float(row["reward"]) for row in log[-5:]) / len(log[-5:])
+        cells = [
+            path.stem,
+            str(r["steps"]),
+            f"{r['seconds'] / 60:.1f}",
+            f"{r['tokens_generated']:,}",
+            f"{r['tokens_per_second_of_rollout']:,.0f}",
+        ]
+        cells += [f"{r['rollout_share']:.0%}", f"{r['peak_memory_bytes'] / 1e9:.1f}", f"{reward:.3f}"]
+        lines.append("| " + " | ".join([*cells, str(sum(g > 0.1 for g in gates)), str(gates.count(0))]) + " |")
     return lines
 
 
@@ -123,8 +177,17 @@ REASONER: list[tuple[str, Callable[[dict], str]]] = [
 ]
 
 
-def heads_reasoner() -> list[str]:
-    return _reasoner(lambda r: r["bits"] == "bf16" and r["window"] == "32+128", REASONER)
+def heads_reasoner(part: str = "") -> list[str]:
+    return _by_sparsity(lambda r: _plain(r) and not (_ablation(r) and not r["scores"].removeprefix("rlkv-").isdecimal()), part)
+
+
+def heads_ablations() -> list[str]:
+    return _by_sparsity(lambda r: _plain(r) and _ablation(r), "long_")
+
+
+def heads_cells() -> list[str]:
+    columns = [*REASONER[:2], ("window", lambda r: r["window"]), *REASONER[2:]]
+    return _reasoner(_plain, [*columns, ("run by", lambda r: r["engine"])])
 
 
 def heads_compose() -> list[str]:
@@ -170,6 +233,10 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "decode": decode,
     "decode-qwen": decode_qwen,
     "heads-reasoner": heads_reasoner,
+    "heads-reasoner-long": partial(heads_reasoner, "long_"),
+    "heads-ablations": heads_ablations,
+    "heads-cells": heads_cells,
+    "gates-cost": gates_cost,
     "heads-compose": heads_compose,
     "heads-exact": heads_exact,
     "heads-memory": heads_memory,
