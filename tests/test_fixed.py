@@ -6,8 +6,10 @@ import torch
 from test_models import FINE, MIXED, small
 from torch._dynamo.utils import counters
 from transformers import CompileConfig
+from transformers.utils import ModelOutput
 
 import bitsandheads as bh
+from bitsandheads.graphs import CapturedSteps
 
 COMPOSED = bh.CachePlan("composed", (bh.HeadGroup((0,), quant=FINE), bh.HeadGroup((1,), window=bh.Window(4, 24))))
 PLANS = {
@@ -184,3 +186,47 @@ def test_a_compiled_step_needs_the_cache_itself() -> None:
         torch.ops.bitsandheads.step(q, k, k, layer.step.cell.clone(), 1.0)
     with pytest.raises(bh.ShapeError, match="holds 2 sequences and was given 3"):
         layer.step(torch.zeros(3, 4, 1, 16), torch.zeros(3, 2, 1, 16), torch.zeros(3, 2, 1, 16), 1.0)
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_steps_are_captured_once_in_a_call_of_generate(works: bool, monkeypatch, caplog) -> None:
+    """On a CPU a replay calls the captured step again and writes its logits to the same place, as a graph does."""
+    model, plan = tm.make("llama"), small("balanced")
+    start = plan.groups[0].quant.start_length
+    inputs = tm.left_padded([start - 10, start - 20])  # both sequences find their basis on the way, and buffers are entered anew
+    calls: list[str] = []
+
+    def capture(step):
+        calls.append("capture")
+        if not works:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        out = ModelOutput(logits=torch.empty(2, 1, model.config.vocab_size), past_key_values=cache)
+
+        def replay() -> None:
+            calls.append("replay")
+            out.logits.copy_(step().logits)
+
+        return replay, out
+
+    def noted(name: str):
+        return lambda **kwargs: calls.append(name) or model(**kwargs)
+
+    def steps(config):
+        return CapturedSteps(noted("compiled"), noted("other"), capture)
+
+    expected = tm.generate(model, inputs, bh.CompressedCache(plan, model, capacity=start + 40), new=40, disable_compile=True)
+    model.get_compiled_call = steps
+    monkeypatch.setattr(model, "_valid_auto_compile_criteria", lambda *args: True)
+    cache = bh.CompressedCache(plan, model, capacity=start + 40)
+    got = tm.generate(model, inputs, cache, new=40)
+    assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+    if works:
+        assert calls.count("capture") == calls.count("compiled") - calls.count("replay") == 3  # at first, and after each start
+        assert calls.count("compiled") == 39 and "other" not in calls
+    else:
+        assert calls.count("capture") == 1 and calls.count("other") == 38 and "cannot be captured" in caplog.text
+    hidden = model.generate(
+        **inputs, past_key_values=bh.CompressedCache(plan, model, capacity=start + 4), max_new_tokens=4, min_new_tokens=4, pad_token_id=0,
+        do_sample=False, output_hidden_states=True, return_dict_in_generate=True,
+    )  # fmt: skip
+    assert not torch.equal(hidden.hidden_states[1][-1], hidden.hidden_states[2][-1])  # not the same memory twice

@@ -28,12 +28,13 @@ class FixedCapacity:
         capacity: tokens of a sequence, padding included.
         layers: the compressed layers.
         running: whether steps advance on the device alone.
+        entered: how often they have begun to; buffers and cells stay where they are in between.
         clock: int64 scalar on the device, logical tokens while running.
     """
 
     def __init__(self, capacity: int, layers: list[CompressedLayer]) -> None:
         self.capacity, self.layers = capacity, layers
-        self.running = False
+        self.running, self.entered = False, 0
         self.clock = torch.zeros((), dtype=torch.int64)
         self.wakes: int | None = None  # the clock at which the next sequence finds its basis
 
@@ -68,7 +69,7 @@ class FixedCapacity:
             torch._dynamo.mark_static_address(t)
         waiting = [s.steps_to_start() for layer in self.layers for s in layer.stores if isinstance(s, PackedStore)]
         self.wakes = min((tokens + n for n in waiting if n is not None), default=None)
-        self.running = True
+        self.running, self.entered = True, self.entered + 1
 
     def leave(self) -> None:
         """Take the counts back, with one transfer."""

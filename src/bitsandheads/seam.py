@@ -8,6 +8,7 @@ model's text part to it. `CompressedCache` is a transformers Cache whose compres
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any, NoReturn, cast
 
@@ -15,12 +16,13 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_masks_for_generate
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .errors import AttentionNotEnabledError, CacheStateError, ModelMismatchError, PlanError, ShapeError
 from .fixed import FixedCapacity, no_room
 from .gates.attention import HeadGates
+from .graphs import CapturedSteps
 from .layer import ChunkMask, CompressedLayer, read_mask
 from .methods import get_plan
 from .methods.vidkv import semantic_scores
@@ -146,21 +148,56 @@ def _mask(base: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     def mask(*args: Any, **kwargs: Any) -> Any:
-        capacity, seen = -kwargs.get("kv_length", 0), kwargs.get("attention_mask")
+        capacity = -kwargs.get("kv_length", 0)
         if capacity <= 0:
             return base(*args, **kwargs)
-        if seen is None or torch.compiler.is_compiling():
-            return None
-        if seen.shape[1] > capacity:
-            raise no_room(capacity, seen.shape[1])
-        if seen.shape[0] > 1 and not bool(seen[:, -1].all()):
-            raise CacheStateError(
-                "A single new token is padding for some sequences; a cache of fixed capacity cannot leave it out. Give such a turn as two "
-                "tokens or more (left-padded), or make the cache without capacity."
-            )
+        if not torch.compiler.is_compiling():
+            _check_step(capacity, kwargs.get("attention_mask"))
         return None
 
     return mask
+
+
+def _check_step(capacity: int, mask: Tensor | None) -> None:
+    """Raise CacheStateError where the padding mask [B, all tokens] of a step of fixed capacity asks for what it cannot do."""
+    if mask is None:
+        return
+    if mask.shape[1] > capacity:
+        raise no_room(capacity, mask.shape[1])
+    if mask.shape[0] > 1 and not bool(mask[:, -1].all()):
+        raise CacheStateError(
+            "A single new token is padding for some sequences; a cache of fixed capacity cannot leave it out. Give such a turn as two "
+            "tokens or more (left-padded), or make the cache without capacity."
+        )
+
+
+def _step_masks(others: Callable[..., Any], **kwargs: Any) -> Any:
+    """`create_masks_for_generate`, which `generate` calls before each compiled step: a step of fixed capacity needs no mask."""
+    cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+    if isinstance(cache, CompressedCache) and cache.fixed is not None and mask is not None and mask.ndim == 2:
+        cache.fixed.before(kwargs["inputs_embeds"].shape[1])
+        if cache.fixed.running:
+            _check_step(cache.fixed.capacity, mask)
+            return None
+    return others(**kwargs)
+
+
+def _compiled_call(model: Any, compile_config: Any = None) -> Any:
+    """`model.get_compiled_call`, which `generate` calls once: steps of fixed capacity are captured here, unless the user configures how to compile."""
+    plain = type(model).get_compiled_call(model, compile_config)
+    if compile_config is not None or model.generation_config.compile_config is not None or not torch.cuda.is_available():
+        return plain
+    if "bitsandheads_step" not in model.__dict__:
+        model.__dict__["bitsandheads_step"] = torch.compile(model.__call__)
+    return CapturedSteps(model.__dict__["bitsandheads_step"], plain)
+
+
+def _watch_generate(model: Any) -> None:
+    """Let `generate` take the short way for steps of fixed capacity."""
+    if hasattr(model, "get_compiled_call"):
+        model.__dict__["get_compiled_call"] = partial(_compiled_call, model)
+        others = getattr(type(model), "create_masks_for_generate", create_masks_for_generate)
+        model.__dict__["create_masks_for_generate"] = partial(_step_masks, others)
 
 
 def _eager_of(module: torch.nn.Module) -> Any:
@@ -236,6 +273,7 @@ def enable(model: Any) -> None:
             "Use DynamicCache with this model, or a model class with AttentionInterface support."
         )
     _watch_embeddings(model, part)
+    _watch_generate(model)
 
 
 def disable(model: Any) -> None:
@@ -246,6 +284,8 @@ def disable(model: Any) -> None:
         part.set_attn_implementation(name.removeprefix(PREFIX))
         for hook in part.__dict__.pop("bitsandheads_hooks", ()):
             hook.remove()
+        for own in ("get_compiled_call", "create_masks_for_generate"):
+            model.__dict__.pop(own, None)
 
 
 class enabled:
