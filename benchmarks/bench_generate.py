@@ -1,10 +1,19 @@
 """Decode steps of whole models through `generate`: tokens per second and tokens per gigabyte, on one GPU.
 
-Random bf16 weights at real shapes. A row is one model, plan, batch and context: a prompt of `context` random tokens, then `generate` of NEW
-tokens. `ms_per_step` is the median over the steps after the first WARM, which compile and capture; the time is taken where a stopping criterion
-sees each token (the host waits for it, as `generate` does anyway). Plans that start with `hf-` are transformers' own caches. Peak and cache
-bytes come from the allocator. A row that fails is kept with its `error`. Rows are written as they come; rows that the file holds are not
-measured again (but those that failed for another cause than memory are), so a job that is cut short goes on where it was.
+Random bf16 weights at real shapes. A row is one model, plan, batch and context: a prompt of `context` random tokens, then `generate`.
+`ms_per_step` is the median over the steps after those that compile and capture, from one pass of `generate`'s loop to the next. Plans that start
+with `hf-` are transformers' own caches.
+
+A prompt is read once for all rows of a model and context, as one sequence: its first chunk is attended to in full precision under every plan,
+so every plan is given the same queries, keys and values. Each cache takes them layer by layer and is then repeated over the batch, which gives the
+bytes that the prompt of one sequence gives (tests/test_generate_benchmark.py). `prefill_s` is the reading plus `packing_s`, what the cache did with it,
+both for one sequence (`prefilled_sequences`). `cache_bytes` are the bytes of the cache's tensors; `peak_bytes` is the allocator's peak in the
+decode steps, model and cache included. Rows marked `largest` have the largest batch that fits: from the plan's bytes, then less until the allocator
+agrees. `longest` holds the longest context whose cache can be allocated beside the model, by bisection; `prefill` the seconds and the allocator's
+peak of a whole prompt that the model reads into the cache itself.
+
+A row that fails is kept with its `error`. Rows are written as they come; rows that the file holds are not measured again (but those that failed
+for another cause than memory are), so a job that is cut short goes on where it was.
 
     python benchmarks/bench_generate.py --out benchmarks/results/generate-h100.json [--only REGEX] [--minutes N] [--device cpu --tiny]
 """
@@ -17,7 +26,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +34,12 @@ import torch
 import transformers as tf
 
 import bitsandheads as bh
+from bitsandheads.layer import ChunkMask
 
-NEW, WARM = 48, 16
-AT_ONCE = 1 << 18  # tokens of a prompt that are run in one pass
+STEPS = 40, 14  # new tokens of a row, and how many of them come before the time is taken
+FEW = 8, 3  # the same for caches that take long
+QUERIES = 256  # newest queries that packing looks at
+SPARE = 3 << 30  # bytes that the largest batch leaves to the steps themselves, and 4 MiB more for each sequence
 WINDOW = bh.Window(16, 64)
 QWEN25 = dict(
     hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4, vocab_size=152064
@@ -58,31 +70,42 @@ MODELS: dict[str, Callable[[], Any]] = {
 
 @dataclass(frozen=True)
 class Point:
-    """What a row measures."""
+    """What a row measures. kind: "steps"; "largest": with the largest batch that fits; "longest": no steps, the longest context; "prefill"."""
 
     model: str
     plan: str
     batch: int
     context: int
+    kind: str = "steps"
 
     @property
     def name(self) -> str:
-        return f"{self.model} {self.plan} b{self.batch} t{self.context}"
+        return f"{self.model} {self.plan} b{self.batch} t{self.context} {self.kind}"
+
+
+OURS = ("balanced", "bf16", "rlkv@0.5", "balanced+rlkv@0.5")
+STATIC = ("hf-static", "hf-static-flex")
 
 
 def points() -> Iterator[Point]:
-    """All points, the most important ones first."""
-    ours = ("balanced", "bf16", "rlkv@0.5", "balanced+rlkv@0.5")
-    headline = ((8, 32768), (1, 131072), (1, 8192), (32, 32768))
-    first = "qwen2.5-7b"
-    yield from (Point(first, plan, b, t) for b, t in headline for plan in ours)
-    yield from (Point(first, plan, b, t) for b, t in headline[:3] for plan in ("hf-static", "hf-dynamic", "hf-quanto-2", "hf-hqq-2"))
-    rest = [p for p in bh.preset_names() if p not in ours]
-    yield from (Point(first, plan, 8, 32768) for plan in rest)
-    yield from (Point(model, plan, b, t) for model in list(MODELS)[1:3] for b, t in headline for plan in ours)
-    yield from (Point(model, "hf-static", b, t) for model in list(MODELS)[1:3] for b, t in headline[:3])
-    others = [(b, t) for b in (1, 8, 32) for t in (8192, 32768, 131072) if (b, t) not in headline]
-    yield from (Point(model, plan, b, t) for model in list(MODELS)[:3] for b, t in others for plan in (*ours, "extreme"))
+    """All points, the most important ones first; rows that share a compiled step follow each other."""
+    first, *others = list(MODELS)[:3]
+    more = [p for p in bh.preset_names() if p not in OURS]
+    for batch, context in ((8, 32768), (1, 131072), (1, 8192)):
+        yield from (Point(first, plan, batch, context) for plan in OURS)
+    yield from (Point(first, plan, 1, 32768, "largest") for plan in OURS)
+    yield from (Point(first, plan, 1, 2048, "longest") for plan in (*OURS, "extreme"))
+    yield from (Point(first, "hf-static", b, t) for b, t in ((8, 32768), (1, 8192), (1, 131072)))
+    yield from (Point(first, f"hf-{kind}", 8, 32768) for kind in ("quanto-2", "hqq-2", "dynamic"))
+    yield from (Point(first, plan, 1, 131072, "prefill") for plan in ("balanced", "bf16"))
+    yield from (Point(first, plan, 8, 32768) for plan in more)
+    yield from (Point(model, plan, b, t) for model in others for b, t in ((8, 32768), (1, 131072), (1, 8192)) for plan in OURS)
+    yield from (Point(first, "hf-static-flex", b, t) for b, t in ((8, 32768), (1, 131072)))
+    yield from (Point(first, f"hf-{kind}", 1, 8192) for kind in ("dynamic", "quanto-2", "hqq-2"))
+    yield from (Point(model, plan, 1, 32768, "largest") for model in others for plan in OURS)
+    yield from (Point(model, "hf-static", 8, 32768) for model in others)
+    rest = [(1, 32768), (32, 32768), (8, 8192), (32, 8192), (8, 131072), (32, 131072)]
+    yield from (Point(model, plan, b, t) for model in (first, *others) for b, t in rest for plan in (*OURS, "extreme"))
 
 
 def make_model(name: str, device: str) -> Any:
@@ -114,10 +137,9 @@ def plan_of(name: str, model: Any) -> bh.CachePlan:
     return bh.compose(bh.get_plan(bits.rstrip("+") or "bf16"), scores, float(share), WINDOW, name)
 
 
-def make_cache(point: Point, model: Any, new: int) -> Any:
-    """The cache of a row."""
-    total = point.context + new
-    if point.plan == "hf-static":
+def make_cache(point: Point, model: Any, total: int) -> Any:
+    """The cache of a row, for `total` tokens."""
+    if point.plan in STATIC:
         return tf.StaticCache(config=model.config, max_cache_len=total)
     if point.plan == "hf-dynamic":
         return tf.DynamicCache(config=model.config)
@@ -127,59 +149,172 @@ def make_cache(point: Point, model: Any, new: int) -> Any:
     return bh.CompressedCache(plan_of(point.plan, model), model, capacity=total)
 
 
-class Watch(tf.StoppingCriteria):
-    """Never stops; notes when each token is there."""
+@dataclass
+class Prompt:
+    """What the layers of a model were given for a prompt: newest queries [1, Hq, QUERIES, D], keys and values [1, H, tokens, D], on the CPU."""
 
-    def __init__(self) -> None:
+    queries: list[torch.Tensor]
+    keys: list[torch.Tensor]
+    values: list[torch.Tensor]
+    scale: float
+    seconds: float
+
+
+def read_prompt(model: Any, tokens: int, device: str) -> Prompt:
+    """Run a prompt of random tokens through the model and keep what its layers were given."""
+    prompt = Prompt([], [], [], 0.0, 0.0)
+    copying = [0.0]
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        return torch.empty(x.shape, dtype=x.dtype, pin_memory=device == "cuda").copy_(x)
+
+    def watch(layer: Any) -> None:
+        def attend(q: torch.Tensor, mask: Any, chunk: Any, scale: float, base: Callable[..., torch.Tensor]) -> torch.Tensor:
+            (k, v), layer.staged = layer.staged, None
+            synchronize(device)
+            start = time.perf_counter()
+            for kept, x in ((prompt.queries, q[:, :, -QUERIES:]), (prompt.keys, k), (prompt.values, v)):
+                kept.append(keep(x))
+            copying[0] += time.perf_counter() - start
+            prompt.scale = scale
+            return base(q, k, v)
+
+        layer.attend = attend
+
+    cache = bh.CompressedCache("bf16", model)
+    for layer in cache.compressed_layers():
+        watch(layer)
+    ids = torch.randint(2, model.config.vocab_size, (1, tokens), device=device)
+    synchronize(device)
+    start = time.perf_counter()
+    model(ids, past_key_values=cache, logits_to_keep=1)
+    synchronize(device)
+    prompt.seconds = time.perf_counter() - start - copying[0]
+    return prompt
+
+
+def fill(cache: Any, prompt: Prompt, batch: int, device: str) -> float:
+    """Give a cache the prompt, for every sequence of the batch. Returns the seconds that the cache took for one."""
+    seconds = 0.0
+    ours = isinstance(cache, bh.CompressedCache)
+    if ours and cache.scores_embeddings:
+        cache.set_token_scores(torch.rand(1, prompt.keys[0].shape[2], generator=torch.Generator().manual_seed(0)))
+    for i, (q, k, v) in enumerate(zip(prompt.queries, prompt.keys, prompt.values, strict=True)):
+        q, k, v = (x.to(device).expand(1 if ours else batch, -1, -1, -1) for x in (q, k, v))
+        synchronize(device)
+        start = time.perf_counter()
+        handle, _ = cache.update(k, v, i)
+        if ours:
+            handle.layer.attend(q, None, ChunkMask(None, None), prompt.scale, lambda q, k, v: q)
+        synchronize(device)
+        seconds += time.perf_counter() - start
+    if ours and batch > 1:
+        cache.batch_repeat_interleave(batch)
+    return seconds
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+class Watch(tf.StoppingCriteria):
+    """Never stops; notes when `generate` has each token. It waits for each token by itself, so these are the times of its own loop."""
+
+    def __init__(self, batch: int, device: str) -> None:
         self.times: list[float] = []
+        self.go_on = torch.zeros(batch, dtype=torch.bool, device=device)
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        input_ids[0, -1].item()
         self.times.append(time.perf_counter())
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+        return self.go_on
 
 
-def prefill(point: Point, model: Any, ids: torch.Tensor, cache: Any) -> int:
-    """Prompts that would not fit at once: a part of the batch is run and its cache repeated. Returns how many sequences were run (0: none)."""
-    part = point.batch
-    while part > 1 and part * point.context > AT_ONCE:
-        part //= 2
-    if part == point.batch or point.plan.startswith("hf-"):
-        return 0
-    model(ids[:part, :-1], past_key_values=cache, logits_to_keep=1)
-    cache.batch_repeat_interleave(point.batch // part)
-    return part
-
-
-def measure(point: Point, model: Any, device: str, new: int, warm: int) -> dict[str, Any]:
-    """One row."""
+def measure(point: Point, model: Any, prompt: Prompt, device: str) -> dict[str, Any]:
+    """One row; `prompt` is one token shorter than the context."""
+    new, warm = FEW if point.plan.startswith("hf-") and point.plan not in STATIC else STEPS
+    row: dict[str, Any] = {"batch": point.batch}
     on_gpu = device == "cuda"
-    row: dict[str, Any] = {}
     if on_gpu:
         row["model_bytes"] = torch.cuda.memory_allocated()
+    cache, watch = make_cache(point, model, point.context + new), Watch(point.batch, device)
+    row |= {"prefilled_sequences": 1 if isinstance(cache, bh.CompressedCache) else point.batch}
+    row["packing_s"] = fill(cache, prompt, point.batch, device)
+    row["prefill_s"] = prompt.seconds + row["packing_s"]
+    ids = torch.randint(2, model.config.vocab_size, (1, point.context), device=device).expand(point.batch, -1)
+    if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    ids = torch.randint(2, model.config.vocab_size, (1, point.context), device=device).expand(point.batch, -1).contiguous()
-    if point.plan.startswith("hf-"):
-        bh.disable(model)
-    try:
-        with torch.no_grad():
-            cache, watch = make_cache(point, model, new), Watch()
-            start = time.perf_counter()
-            row["prefilled_sequences"] = prefill(point, model, ids, cache) or point.batch
-            model.generate(
-                ids, attention_mask=torch.ones_like(ids), past_key_values=cache, do_sample=False, max_new_tokens=new, min_new_tokens=new,
-                stopping_criteria=[watch],
-            )  # fmt: skip
-    finally:
-        bh.enable(model)
+    start = time.perf_counter()
+    model.generate(
+        ids, attention_mask=torch.ones_like(ids), past_key_values=cache, do_sample=False, max_new_tokens=new, min_new_tokens=new,
+        stopping_criteria=[watch],
+    )  # fmt: skip
     steps = sorted(b - a for a, b in zip(watch.times[warm:], watch.times[warm + 1 :], strict=False))
     ms = 1e3 * statistics.median(steps)
     row |= {"ms_per_step": ms, "ms_low": 1e3 * steps[0], "ms_high": 1e3 * steps[-1], "tokens_per_s": 1e3 * point.batch / ms}
-    row["prefill_s"] = watch.times[0] - start
+    row["warm_up_s"] = watch.times[warm] - start
     if on_gpu:
         row["peak_bytes"] = torch.cuda.max_memory_allocated()
     row["cache_bytes"] = cache_bytes(cache)
     return row
+
+
+def largest(point: Point, model: Any, prompt: Prompt, device: str) -> dict[str, Any]:
+    """The row with the largest batch that fits."""
+    plan = plan_of(point.plan, model).resolve(model.config)
+    each = plan.capacity_bytes(point.context + STEPS[0], itemsize=2) + (4 << 20)
+    batch = int((torch.cuda.mem_get_info()[0] - SPARE) // each) if device == "cuda" else 2
+    while True:
+        try:
+            return measure(replace(point, batch=batch), model, prompt, device) | {"largest": True}
+        except torch.OutOfMemoryError:
+            batch = batch * 24 // 25
+        clean(device)
+
+
+def longest(point: Point, model: Any, prompt: Prompt, device: str) -> dict[str, Any]:
+    """The longest context of one sequence whose cache can be allocated beside the model, to one part in 256."""
+    low, high = 1 << 14, 1 << 24  # fits, does not fit
+    taken = 0
+    while high - low > low >> 8:
+        middle = (low + high) // 2
+        try:
+            cache = make_cache(point, model, middle)
+            fill(cache, prompt, 1, device)
+            cache.fixed.enter()
+            low, taken = middle, cache_bytes(cache)
+        except torch.OutOfMemoryError:
+            high = middle
+        cache = None
+        clean(device)
+    return {"context": low, "cache_bytes": taken}
+
+
+def prefill(point: Point, model: Any, prompt: Prompt, device: str) -> dict[str, Any]:
+    """Seconds and peak of a whole prompt of one sequence."""
+    ids = torch.randint(2, model.config.vocab_size, (1, point.context), device=device)
+    row: dict[str, Any] = {}
+    if device == "cuda":
+        row["model_bytes"] = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+    cache = make_cache(point, model, point.context + STEPS[0])
+    start = time.perf_counter()
+    model(ids, past_key_values=cache, logits_to_keep=1)
+    synchronize(device)
+    row["prefill_s"] = time.perf_counter() - start
+    if device == "cuda":
+        row["peak_bytes"] = torch.cuda.max_memory_allocated()
+    return row | {"cache_bytes": cache_bytes(cache)}
+
+
+KINDS = {"steps": measure, "largest": largest, "longest": longest, "prefill": prefill}
+
+
+def clean(device: str) -> None:
+    """Give back what is not used any more."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
 
 
 def cache_bytes(cache: Any) -> int:
@@ -228,42 +363,85 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="a tiny model and short contexts: shows that the script works")
     args = parser.parse_args()
+    run(args)
+
+
+def tried(call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What a call returns, or its error: kept in the row, so that a long job goes on."""
+    try:
+        return call()
+    except Exception as e:
+        return {"error": f"{type(e).__name__}: {e}".split("\n")[0][:200]}
+
+
+class Bench:
+    """The model and the prompts that the rows share."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.model: Any = None
+        self.name = self.plan = ""
+        self.prompts: dict[int, Prompt] = {}
+
+    def row(self, point: Point) -> dict[str, Any]:
+        """Measure a point."""
+        if self.name != point.model:
+            self.model, self.prompts = None, {}
+            clean(self.device)
+            self.model, self.name = make_model(point.model, self.device), point.model
+            self.prompt(512)  # libraries are loaded and kernels chosen
+        prompt = self.prompt(point.context)
+        self.attention(point.plan)
+        how = KINDS[point.kind]
+        row = {"point": point.name, "model": point.model, "plan": point.plan, "batch": point.batch, "context": point.context}
+        row |= tried(lambda: how(point, self.model, prompt, self.device))
+        clean(self.device)
+        return row
+
+    def prompt(self, tokens: int) -> Prompt:
+        """The prompt for a context of so many tokens; the row's own first step reads the last of them."""
+        if tokens not in self.prompts:
+            bh.enable(self.model)
+            self.prompts[tokens] = read_prompt(self.model, tokens - 1, self.device)
+        return self.prompts[tokens]
+
+    def attention(self, plan: str) -> None:
+        """Switch the model to the attention of a plan. A StaticCache's step is compiled for one length alone; a general one would be slower."""
+        if plan in STATIC or self.plan in STATIC:
+            torch._dynamo.reset()
+        self.plan = plan
+        bh.disable(self.model)
+        self.model.set_attn_implementation("flex_attention" if plan.endswith("flex") else "sdpa")
+        if not plan.startswith("hf-"):
+            bh.enable(self.model)
+
+
+@torch.no_grad()
+def run(args: argparse.Namespace) -> None:
+    """Measure what the file does not hold yet."""
     started = time.time()
-    data = json.loads(args.out.read_text()) if args.out.exists() else {"rows": []}
+    data = json.loads(args.out.read_text()) if args.out.exists() else {"rows": [], "longest": [], "prefill": []}
     where = torch.cuda.get_device_name() if args.device == "cuda" else args.device
     data["environment"] = {"device": where, "torch": torch.__version__, "transformers": tf.__version__, "bitsandheads": bh.__version__}
     todo = list(points())
-    new, warm = (NEW, WARM)
     if args.tiny:
-        todo = list(
-            dict.fromkeys(Point("tiny", p.plan, min(p.batch, 2), 700) for p in todo if "quanto" not in p.plan and "hqq" not in p.plan)
-        )
-        new, warm = 6, 2
-    data["rows"] = [r for r in data["rows"] if "error" not in r or "OutOfMemory" in r["error"]]
-    done = {tuple(r[k] for k in ("model", "plan", "batch", "context")) for r in data["rows"]}
-    model, loaded = None, ""
+        kept = [p for p in todo if p.kind != "longest" and not re.search("quanto|hqq|flex", p.plan)]
+        todo = list(dict.fromkeys(Point("tiny", p.plan, min(p.batch, 2), 700, p.kind) for p in kept))
+    done = set()
+    for kind in ("rows", "longest", "prefill"):
+        data[kind] = [r for r in data[kind] if "error" not in r or "OutOfMemory" in r["error"]]
+        done |= {r["point"] for r in data[kind]}
+    bench = Bench(args.device)
     for point in todo:
-        if (point.model, point.plan, point.batch, point.context) in done or not re.search(args.only, point.name):
+        if point.name in done or not re.search(args.only, point.name):
             continue
         if time.time() - started > 60 * args.minutes:
             print(f"Time is up; {point.name} and what follows it are left. Run again to go on.")
-            break
-        if loaded != point.model:
-            model = None
-            gc.collect()
-            model, loaded = make_model(point.model, args.device), point.model
-        row: dict[str, Any] = {"model": point.model, "plan": point.plan, "batch": point.batch, "context": point.context}
-        try:
-            row |= measure(point, model, args.device, new, warm)
-        except Exception as e:  # kept in the row, so that a long job goes on
-            row["error"] = f"{type(e).__name__}: {e}".split("\n")[0][:200]
-        torch._dynamo.reset()
-        gc.collect()
-        if args.device == "cuda":
-            torch.cuda.empty_cache()
-        data["rows"].append(row)
+            return
+        row = bench.row(point)
+        data[point.kind if point.kind in data else "rows"].append(row)
         write(args.out, data)
-        print(point.name, {k: round(v, 3) if isinstance(v, float) else v for k, v in list(row.items())[4:]}, flush=True)
+        print(point.name, {k: round(v, 3) if isinstance(v, float) else v for k, v in list(row.items())[5:]}, flush=True)
 
 
 if __name__ == "__main__":

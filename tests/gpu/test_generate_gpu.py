@@ -5,6 +5,8 @@ import torch
 from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
 
 import bitsandheads as bh
+from bitsandheads import seam
+from bitsandheads.graphs import CapturedSteps
 from bitsandheads.plan import CachePlan, HeadGroup, Window
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -82,3 +84,38 @@ def test_the_allocator_agrees_with_the_plan() -> None:
         assert abs(held - cache.memory_bytes(allocated=True)) < 2**20 + 0.02 * held
         assert abs(cache.memory_bytes() - cache.plan.bytes_for(m.config, 8000)) <= 0.01 * cache.memory_bytes()
         del cache
+
+
+@pytest.mark.parametrize("name", ["bf16", "balanced", "kivi-2", "mixed", "half"])
+def test_captured_steps_give_what_steps_one_by_one_give(name: str, monkeypatch) -> None:
+    """`generate` with CUDA graphs against the same without: two calls of different length, tiles packed on the way, one compiled step."""
+    used: list[CapturedSteps] = []
+
+    class Noted(CapturedSteps):
+        def __init__(self, *args) -> None:
+            super().__init__(*args)
+            used.append(self)
+
+    monkeypatch.setattr(seam, "CapturedSteps", Noted)
+    m = model(64, torch.float32)
+    bh.enable(m)
+    plan = {p.name: p for p in plans()}[name]
+    ids = torch.randint(0, 512, (2, 800), generator=torch.Generator().manual_seed(4)).cuda()
+    mask = torch.ones_like(ids)
+    mask[1, :100] = 0
+    more = torch.randint(0, 512, (2, 5), generator=torch.Generator().manual_seed(5)).cuda()
+    results = []
+    for compiled in (False, True):
+        cache = bh.CompressedCache(plan, m, capacity=1300)
+        kwargs = dict(past_key_values=cache, do_sample=False, pad_token_id=0, disable_compile=not compiled)
+        kwargs |= dict(return_dict_in_generate=True, output_logits=True)
+        first = m.generate(ids, attention_mask=mask, max_new_tokens=200, min_new_tokens=200, **kwargs)
+        longer = torch.cat([first.sequences, more], 1)
+        seen = torch.cat([mask, mask.new_ones(2, 205)], 1)
+        second = m.generate(longer, attention_mask=seen, max_new_tokens=150, min_new_tokens=150, **kwargs)
+        results.append((second.sequences, torch.stack(first.logits + second.logits, 1)))
+        assert cache.running
+    assert [steps.works and steps.replay is not None for steps in used] == [True, True]
+    same = int((results[0][0] == results[1][0]).all(0).int().cumprod(0).sum())
+    assert same >= 900, f"tokens differ from {same} on"
+    assert (results[0][1][:, :90] - results[1][1][:, :90]).abs().max() < 0.05
