@@ -92,7 +92,7 @@ def prompt_row(plan: str, backend: str, q_heads: int, kv_heads: int, batch: int,
     quant = get_plan(plan).groups[0].quant
     k, v = tokens_like(batch, kv_heads, tokens), tokens_like(batch, kv_heads, tokens)
     queries = torch.randn(batch, kv_heads, q_heads // kv_heads, RECENT_QUERIES, DIM, device=DEVICE, dtype=torch.bfloat16)
-    given = Prompt(queries, torch.ones(batch, RECENT_QUERIES, device=DEVICE), DIM**-0.5)
+    given = Prompt(queries, torch.ones(batch, RECENT_QUERIES, device=DEVICE), DIM**-0.5, padded=False)
 
     def call() -> None:
         store = PackedStore(tuple(range(kv_heads)), k, v, quant, backend)

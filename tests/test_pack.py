@@ -74,7 +74,7 @@ def packed_twice(quant: KVQuant, which: str, x: Tensor, weighted: bool, basis: B
     return out, basis, x[:, :, place]
 
 
-def check_pack(quant: KVQuant, dim: int, dtype: torch.dtype, device: str = "cpu", tiles: int = 2, codes_differ: float = 1e-3) -> None:
+def check_pack(quant: KVQuant, dim: int, dtype: torch.dtype, device: str = "cpu", tiles: int = 2, codes_differ: float = 5e-3) -> None:
     for (which, half, base), x in zip(halves(quant, dim), tokens(quant, dim, dtype, device, tiles), strict=True):
         weighted = half.spec.attention_weight > 0
         (got, want), basis, packed = packed_twice(quant, which, x, weighted)
@@ -94,16 +94,25 @@ def check_pack(quant: KVQuant, dim: int, dtype: torch.dtype, device: str = "cpu"
 
 
 def compare(half: HalfLayout, got: Tensor, want: Tensor, y: Tensor, codes_differ: float) -> None:
-    """Share of differing codes, metadata within a unit in the last place, the same reconstruction error of the axes y [B, h, T, D]."""
-    share = (half.read_codes(got) != half.read_codes(want)).float().mean().item()
+    """Both packed the axes y [B, h, T, D] alike, but where rounding decides: metadata are within a unit in the last place, or what an error
+    of 2^-16 of the axes makes (fixed rotations are two bfloat16 parts); a code is another one only where two codes are equally near."""
+    moved = half.read_codes(got) != half.read_codes(want)
+    share = moved.float().mean().item()
     assert share <= codes_differ, f"{share} of the codes differ"
-    ulp = 2**-3 if half.fmt == "fp8" else 2**-10
-    smallest = 2**-15 if half.fmt == "fp8" else 2**-24
+    ulp, smallest = (2**-3, 2**-15) if half.fmt == "fp8" else (2**-10, 2**-24)
+    size = y.square().mean().sqrt()
     for a, b in zip(half.read_metadata(got), half.read_metadata(want), strict=True):
-        limit = ulp * b.abs() + (smallest * b.abs().amax(-1, keepdim=True) if b.numel() else 0) + 1e-6
-        assert ((a - b).abs() <= limit).all()
-    a, b = (((half.read(t).flatten(2, 3) - y).norm() / y.norm()).item() for t in (got, want))
-    assert abs(a - b) <= 1e-3 * b, (a, b)
+        limit = ulp * b.abs() + (smallest * b.abs().amax(-1, keepdim=True) if b.numel() else 0) + 2**-16 * size
+        assert ((a - b).abs() <= limit).all(), f"metadata differ by {((a - b).abs() - limit).max().item()} more than allowed"
+    restored = [half.read(t).flatten(2, 3) for t in (got, want)]
+    away = [(r - y).abs() for r in restored]
+    by_distance = torch.ones(half.head_dim, dtype=torch.bool, device=y.device)
+    by_distance[half.trit_axes[0] : sum(half.trit_axes)] = False  # trits are chosen by a threshold
+    tie = (away[0] - away[1]).abs() <= 0.02 * (restored[0] - restored[1]).abs()
+    moved = moved.transpose(-1, -2).reshape(y.shape)  # [B, h, N, D, tile] -> [B, h, T, D]
+    assert (tie | ~moved | ~by_distance).all(), "a code is another one where one of the two is nearer"
+    error = [(a.norm() / y.norm()).item() for a in away]
+    assert abs(error[0] - error[1]) <= 1e-3 * error[1], error
 
 
 def check_exact(dtype: torch.dtype, device: str = "cpu") -> None:
@@ -180,18 +189,52 @@ def close(got: Tensor, want: Tensor, limit: float) -> None:
     assert ((got.double() - want.double()).norm() / want.double().norm()).item() < limit
 
 
-def check_jacobi(dim: int, device: str = "cpu") -> None:
-    """Orthonormal, diagonal, and sorted as exactly found eigenvectors are."""
+def check_choice(heavy: int, device: str = "cpu") -> None:
+    """Heavy tokens and token weights, for sequences of different lengths, as the reference finds them."""
     from bitsandheads.ops import triton_prompt
 
+    codecs = HalfCodec(TileLayout.of(get_plan("balanced").groups[0].quant, 16).keys), HalfCodec(TileLayout.of(MINMAX, 16).values)
+    mass = torch.rand(2, 2, 150, generator=torch.Generator().manual_seed(0)).to(device)
+    k, ends, packed = torch.zeros(2, 2, 150, 16, device=device), [2 + heavy + 128, 2 + heavy + 64], [128, 64]
+    begin = triton_prompt.Begin(k, k, [150, 90], [4, 2], 2, heavy, None, None, 1.0, None)
+    table = torch.tensor([ends, packed], dtype=torch.int32, device=device)
+    places, (weights, none) = triton_prompt._choose(begin, codecs, mass.clone(), table[0], table[1], 128)
+    assert none is None and places.shape == (2, 2, heavy)
+    for b, (end, n) in enumerate(zip(ends, packed, strict=True)):
+        top = mass[b, :, 2:end].topk(heavy, -1)[1].sort(-1)[0] + 2
+        assert torch.equal(places[b].long(), top)
+        rest = [[i for i in range(2, end) if i not in row] for row in top.tolist()]
+        drawn = torch.stack([m[r] for m, r in zip(mass[b], rest, strict=True)])
+        close(weights[b, :, :n], codecs[0].weights(drawn[None])[0], 1e-6)
+
+
+def check_basis(dim: int, decades: float, device: str = "cuda") -> None:
+    """The CUDA kernels: axes as good as exactly found ones, orthogonal but where eigenvalues are close; the map back as in float64."""
+    from bitsandheads.ops import cuda_basis
+
     random = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 1, dim, 4 * dim, generator=random) * torch.logspace(0, -1.5, dim)[:, None]
-    gram, scale = (x @ x.mT).to(device), (torch.rand(2, 1, dim, generator=random) + 0.2).to(device)
-    got, want = triton_prompt.jacobi_axes(gram, scale).double(), principal_axes(gram, scale).double()
+    make = lambda *shape: torch.randn(*shape, generator=random)  # noqa: E731
+    spectrum = torch.logspace(0, -decades / 2, dim)
+    x = make(dim, dim) @ (make(2, 3, dim, 4 * dim) * spectrum[:, None])
+    gram, scale = (x @ x.mT).to(device), (torch.rand(2, 3, dim, generator=random) + 0.2).to(device)
+    gram[1, 2, 5], gram[1, 2, :, 5] = 0, 0  # a channel that is always zero
+    got, want = cuda_basis.principal_axes(gram, scale).double(), principal_axes(gram, scale).double()
     scaled = gram.double() * scale[..., None] * scale[..., None, :]
-    power = (want.mT @ scaled @ want).diagonal(dim1=-2, dim2=-1)
-    assert ((got.mT @ scaled @ got).diagonal(dim1=-2, dim2=-1) / power - 1).abs().max() < 2e-3
-    assert (got.mT @ got - torch.eye(dim, device=device)).abs().max() < 1e-4
+    power, exact = ((axes.mT @ scaled @ axes).diagonal(dim1=-2, dim2=-1) for axes in (got, want))
+    lost = torch.logspace(-2.4, 0, dim, device=device)  # the share of an axis's variance that codes of 4 to 0 bits lose
+    assert ((power * lost).sum(-1) <= 1.002 * (exact * lost).sum(-1)).all()
+    assert (got.mT @ got - torch.eye(dim, device=device)).abs().max() < 3e-2
+    assert torch.equal(got.float(), cuda_basis.principal_axes(gram, scale)), "a rerun gave other axes"
+
+    y = make(2, 3, 4 * dim, dim) * spectrum
+    y[..., -4:] = 0  # axes without codes
+    turn = make(2, 3, dim, dim)
+    back = torch.linalg.inv(turn)
+    x = y @ back + 0.1 * make(2, 3, 4 * dim, dim)
+    basis = {"axes": back.mT.to(device, torch.bfloat16)}
+    gram, cross = ((y.mT @ z).to(device) for z in (y, x))
+    codec = HalfCodec(TileLayout.of(get_plan("balanced").groups[0].quant, dim).keys)
+    close(cuda_basis.map_back(basis["axes"], gram, cross), codec.refit(basis, gram, cross), 1e-3)
 
 
 def life(backend: str, plan: KVQuant, dim: int, dtype: torch.dtype, device: str, prompt: int, steps: list[int], window: bool = False):
@@ -331,15 +374,14 @@ CASES = {  # quantizer, head_dim, dtype
 def run_cases() -> None:
     for name, (quant, dim, dtype) in CASES.items():
         torch.manual_seed(0)
-        check_pack(
-            get_plan(quant).groups[0].quant if isinstance(quant, str) else quant, dim, dtype, codes_differ=5e-3
-        )  # one step that is rounded otherwise moves a dozen codes
+        check_pack(get_plan(quant).groups[0].quant if isinstance(quant, str) else quant, dim, dtype)
         print(name, flush=True)
     check_exact(torch.bfloat16)
     for new in (0, 1, 5):
         check_append("cpu", "triton", new)
     check_statistics(torch.float32, 24)
-    check_jacobi(8)
+    for heavy in (0, 3):
+        check_choice(heavy)
     balanced = replace(get_plan("balanced").groups[0].quant, basis_tokens=128, residual=16, tile=32, group_size=32)
     check_life(balanced, 16, torch.float32, "cpu", 260, [1, 1, 40, 5], window=True)
 

@@ -277,8 +277,8 @@ class CompressedLayer:
         queries = self._pick(newest, store.kv_heads)
         n = queries.shape[3]
         real = torch.ones(q.shape[0], n) if chunk.valid is None else chunk.valid[:, -n:]
-        weight = real.to(device=q.device, dtype=torch.float32)
-        return Prompt(queries, weight, scale, self.scores)
+        weight = real.float().to(q.device, non_blocking=True)
+        return Prompt(queries, weight, scale, self.scores, padded=chunk.valid is not None)
 
     # -- fixed capacity (see fixed.py) ------------------------------------------------------------------------------------------------
 

@@ -48,6 +48,12 @@ def _why_no_cuda(device: torch.device) -> str | None:
     capability = torch.cuda.get_device_capability(device)
     if capability != (9, 0):
         return f"compute capability {capability[0]}.{capability[1]} (the kernel is written for 9.0)"
+    return why_no_nvrtc()
+
+
+@lru_cache(maxsize=1)
+def why_no_nvrtc() -> str | None:
+    """Why CUDA C++ cannot be compiled in this process, or None."""
     if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.bindings") is None:
         return "the package cuda-bindings is not installed"
     try:

@@ -2,10 +2,16 @@
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from ..quant.codec import Basis
 from ..quant.tile import TileLayout
+
+
+def numbers_on(device: torch.device, values: list[int] | list[list[int]]) -> Tensor:
+    """int32 numbers on a device. The copy is queued behind what runs there, and the host does not wait."""
+    return torch.tensor(values, dtype=torch.int32).to(device, non_blocking=True)
 
 
 @dataclass

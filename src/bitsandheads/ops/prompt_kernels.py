@@ -14,117 +14,120 @@ from .pack_kernels import skipped, source_token
 
 
 @triton.jit
-def _rows(q, bh, block, total, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, DOT: tl.constexpr):
+def _rows(q, bh, block, total, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, DOT: tl.constexpr):
     """A block of query rows, and the newest place that each of them sees."""
-    row = block * BLOCK + tl.arange(0, BLOCK)
+    row = block * ROWS + tl.arange(0, ROWS)
     a = tl.arange(0, DP)
     x = tl.load(q + (bh * R + row)[:, None] * D + a[None], mask=(row < R)[:, None] & (a < D)[None], other=0.0).to(DOT)
     return x, row, tl.maximum(row % N + total - N, 0)
 
 
 @triton.jit
-def _keys(k, first, end, k_t, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, DOT: tl.constexpr):
-    key = first + tl.arange(0, BLOCK)
+def _keys(k, first, end, k_t, D: tl.constexpr, DP: tl.constexpr, KEYS: tl.constexpr, DOT: tl.constexpr):
+    key = first + tl.arange(0, KEYS)
     a = tl.arange(0, DP)
     return tl.load(k + key.to(tl.int64)[:, None] * k_t + a[None], mask=(key < end)[:, None] & (a < D)[None], other=0.0).to(DOT), key
 
 
 @triton.jit
-def query_sums(q, k, counts, most, sums, k_b, k_h, k_t, heads, scale_log2, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr,
-               N: tl.constexpr, BLOCK: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
-    """Maximum and sum of exp2 of a part of a row's scores: float32 [B h, splits, R] each. Program (block of rows, split, sequence and head)."""
+def query_sums(q, k, counts, sums, k_b, k_h, k_t, heads, scale_log2, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr,
+               N: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
+    """log2 of the sum of exp2 of a part of a row's scores: float32 [B h, splits, R]. Program (block of rows, split, sequence and head)."""
     split = tl.program_id(1)
     splits = tl.num_programs(1)
     bh = tl.program_id(2).to(tl.int64)
     total = tl.load(counts + bh // heads)
-    x, row, own = _rows(q, bh, tl.program_id(0), total, D, DP, R, N, BLOCK, DOT)
+    x, row, own = _rows(q, bh, tl.program_id(0), total, D, DP, R, N, ROWS, DOT)
     base = k + (bh // heads) * k_b + (bh % heads) * k_h
-    m = tl.full([BLOCK], float("-inf"), tl.float32)
-    norm = tl.zeros([BLOCK], tl.float32)
-    for first in range(split * BLOCK, total, splits * BLOCK):
-        block, key = _keys(base, first, total, k_t, D, DP, BLOCK, DOT)
-        s = tl.dot(x, tl.trans(block), input_precision="ieee") * scale_log2
-        if first + BLOCK > total - N:  # keys that not every row sees
+    m = tl.full([ROWS], float("-inf"), tl.float32)
+    norm = tl.zeros([ROWS], tl.float32)
+    for first in range(split * KEYS, total, splits * KEYS):
+        block, key = _keys(base, first, total, k_t, D, DP, KEYS, DOT)
+        s = tl.dot(x, tl.trans(block), input_precision="ieee")
+        if first + KEYS > total - N:  # keys that not every row sees
             s = tl.where(key[None] <= own[:, None], s, float("-inf"))
-        new = tl.maximum(m, tl.max(s, 1))
+        new = tl.maximum(m, tl.max(s, 1) * scale_log2)
         safe = tl.where(new > float("-inf"), new, 0.0)
-        norm = norm * tl.exp2(m - safe) + tl.sum(tl.exp2(s - safe[:, None]), 1)
+        norm = norm * tl.exp2(m - safe) + tl.sum(tl.exp2(s * scale_log2 - safe[:, None]), 1)
         m = new
-    at = (bh * splits + split) * R + row
-    tl.store(most + at, m, mask=row < R)
-    tl.store(sums + at, norm, mask=row < R)
+    tl.store(sums + (bh * splits + split) * R + row, m + tl.log2(norm), mask=row < R)
 
 
 @triton.jit
-def key_mass(q, k, counts, lse, row_weight, mass, k_b, k_h, k_t, mass_b, mass_h, heads, scale_log2, D: tl.constexpr, DP: tl.constexpr,
-             R: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
-    """Mean probability that each key draws from the rows that see it. Program (block of keys, sequence and head)."""
+def key_mass(q, k, counts, sums, row_weight, mass, k_b, k_h, k_t, mass_b, mass_h, heads, splits, scale_log2, D: tl.constexpr,
+             DP: tl.constexpr, R: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, PARTS: tl.constexpr,
+             DOT: tl.constexpr):  # fmt: skip
+    """Mean probability that each key draws from the rows that see it. Program (block of keys, sequence and head); PARTS: at least `splits`."""
     bh = tl.program_id(1).to(tl.int64)
     b = bh // heads
     total = tl.load(counts + b)
-    first = tl.program_id(0) * BLOCK
+    first = tl.program_id(0) * KEYS
     if first >= total:
         return
-    block, key = _keys(k + b * k_b + (bh % heads) * k_h, first, total, k_t, D, DP, BLOCK, DOT)
-    out = tl.zeros([BLOCK], tl.float32)
-    for i in range(0, (R + BLOCK - 1) // BLOCK):
-        x, row, own = _rows(q, bh, i, total, D, DP, R, N, BLOCK, DOT)
-        s = tl.dot(block, tl.trans(x), input_precision="ieee") * scale_log2
-        if first + BLOCK > total - N:
+    block, key = _keys(k + b * k_b + (bh % heads) * k_h, first, total, k_t, D, DP, KEYS, DOT)
+    out = tl.zeros([KEYS], tl.float32)
+    for i in range(0, (R + ROWS - 1) // ROWS):
+        x, row, own = _rows(q, bh, i, total, D, DP, R, N, ROWS, DOT)
+        s = tl.dot(block, tl.trans(x), input_precision="ieee")
+        if first + KEYS > total - N:
             s = tl.where(key[:, None] <= own[None], s, float("-inf"))
-        norm = tl.load(lse + bh * R + row, mask=row < R, other=0.0)
+        p = tl.arange(0, PARTS)
+        known = (p < splits)[:, None]
+        part = tl.load(sums + (bh * splits + p)[:, None] * R + row[None], mask=known & (row < R)[None], other=0.0)
+        part = tl.where(known, part, float("-inf"))
+        most = tl.max(part, 0)
+        norm = most + tl.log2(tl.sum(tl.exp2(part - most[None]), 0))
         w = tl.load(row_weight + b * N + row % N, mask=row < R, other=0.0)
-        out += tl.sum(tl.exp2(s - norm[None]) * w[None], 1)
+        out += tl.sum(tl.exp2(s * scale_log2 - norm[None]) * w[None], 1)
     seen_by = tl.minimum(total - key, N).to(tl.float32)
     tl.store(mass + b * mass_b + (bh % heads) * mass_h + key, out / seen_by, mask=key < total)
 
 
 @triton.jit
-def diagonalize(matrices, vectors, sweeps, D: tl.constexpr, HALF: tl.constexpr):
-    """Eigenvectors of symmetric float32 matrices [n, D, D] by Jacobi rotations, in place. Program: a matrix.
-
-    D is even. Every round rotates D / 2 disjoint pairs (round-robin tournament, Brent and Luk, 1985), D - 1 rounds are a sweep.
-    vectors: float32 [n, D, D], rows; the identity before.
-    """
-    a = matrices + tl.program_id(0).to(tl.int64) * D * D
-    v = vectors + tl.program_id(0).to(tl.int64) * D * D
-    i = tl.arange(0, HALF)
-    there = i < D // 2
-    both = there[:, None] & there[None]
-    column = tl.arange(0, 2 * HALF)
-    whole = there[:, None] & (column < D)[None]
-    for step in range(sweeps * (D - 1)):
-        r = step % (D - 1)
-        p = tl.where(i == 0, D - 1, (r + i) % (D - 1))
-        q = (r - i + D - 1) % (D - 1)
-        pp = tl.load(a + p * (D + 1), mask=there, other=1.0)
-        qq = tl.load(a + q * (D + 1), mask=there, other=1.0)
-        pq = tl.load(a + p * D + q, mask=there, other=0.0)
-        # the smaller angle that makes the entry (p, q) zero (Golub and Van Loan, section 8.5.2)
-        tau = (qq - pp) / tl.where(pq != 0, 2.0 * pq, 1.0)
-        t = tl.where(tau >= 0, 1.0, -1.0) / (tl.abs(tau) + tl.sqrt(1.0 + tau * tau))
-        t = tl.where(pq != 0, t, 0.0)
-        c = 1.0 / tl.sqrt(1.0 + t * t)
-        s = t * c
-        ci, si, cj, sj = c[:, None], s[:, None], c[None], s[None]
-        at = p[:, None] * D
-        bt = q[:, None] * D
-        a_pp = tl.load(a + at + p[None], mask=both, other=0.0)
-        a_pq = tl.load(a + at + q[None], mask=both, other=0.0)
-        a_qp = tl.load(a + bt + p[None], mask=both, other=0.0)
-        a_qq = tl.load(a + bt + q[None], mask=both, other=0.0)
-        left_pp, left_pq = ci * a_pp - si * a_qp, ci * a_pq - si * a_qq
-        left_qp, left_qq = si * a_pp + ci * a_qp, si * a_pq + ci * a_qq
-        v_p = tl.load(v + at + column[None], mask=whole, other=0.0)
-        v_q = tl.load(v + bt + column[None], mask=whole, other=0.0)
-        tl.debug_barrier()  # all have read what is now written
-        tl.store(a + at + p[None], left_pp * cj - left_pq * sj, mask=both)
-        tl.store(a + at + q[None], left_pp * sj + left_pq * cj, mask=both)
-        tl.store(a + bt + p[None], left_qp * cj - left_qq * sj, mask=both)
-        tl.store(a + bt + q[None], left_qp * sj + left_qq * cj, mask=both)
-        tl.store(v + at + column[None], ci * v_p - si * v_q, mask=whole)
-        tl.store(v + bt + column[None], si * v_p + ci * v_q, mask=whole)
+def choose(mass, ends, packed, heavy, key_weight, value_weight, mass_b, mass_h, heads, room, key_share, value_share, FIRST: tl.constexpr,
+           HEAVY: tl.constexpr, PADDED: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """The HEAVY places from FIRST to ends[b] with the largest mass, ascending, int32 [B h, HEAVY], and what the error of the packed tokens
+    counts for the keys and the values (HalfCodec.weights), float32 [B h, room] in the order of packing. mass is overwritten at these places.
+    Program (sequence and head); packed: int32 [B], tokens that are packed."""
+    bh = tl.program_id(0).to(tl.int64)
+    b = bh // heads
+    end = tl.load(ends + b)
+    count = tl.load(packed + b)
+    own = mass + b * mass_b + (bh % heads) * mass_h
+    i = tl.arange(0, BLOCK)
+    j = tl.arange(0, PADDED)
+    chosen = tl.full([PADDED], 1 << 30, tl.int32)
+    for n in range(HEAVY):
+        best = tl.full([BLOCK], -1.0, tl.float32)
+        place = tl.full([BLOCK], 1 << 30, tl.int32)
+        for start in range(FIRST, end, BLOCK):
+            x = tl.load(own + start + i, mask=start + i < end, other=-1.0)
+            place = tl.where(x > best, start + i, place)
+            best = tl.maximum(best, x)
+        first = tl.min(tl.where(best == tl.max(best, 0), place, 1 << 30), 0)
+        first = tl.minimum(first, tl.maximum(end - 1, 0))  # nothing is above -1: not a number
+        chosen = tl.where(j == n, first, chosen)
         tl.debug_barrier()
+        tl.store(own + first, -1.0)
+        tl.debug_barrier()
+    if HEAVY > 0:
+        before = tl.sum(((chosen[None] < chosen[:, None]) | ((chosen[None] == chosen[:, None]) & (j[None] < j[:, None]))).to(tl.int32), 1)
+        tl.store(heavy + bh * HEAVY + before, chosen, mask=j < HEAVY)
+        tl.debug_barrier()
+    if KEYS or VALUES:
+        total = tl.zeros([BLOCK], tl.float32)
+        for start in range(FIRST, end, BLOCK):
+            total += tl.maximum(tl.load(own + start + i, mask=start + i < end, other=0.0), 0.0)
+        scale = count.to(tl.float32) / tl.maximum(tl.sum(total, 0), 1e-30)
+        left_out = skipped(heavy + bh * HEAVY, HEAVY, PADDED)
+        for start in range(0, count, BLOCK):
+            at = source_token(FIRST + start + i, left_out, HEAVY)
+            relative = tl.load(own + at, mask=start + i < count, other=0.0) * scale
+            line = bh * room + start + i
+            if KEYS:
+                tl.store(key_weight + line, 1 - key_share + key_share * relative, mask=start + i < count)
+            if VALUES:
+                tl.store(value_weight + line, 1 - value_share + value_share * relative, mask=start + i < count)
 
 
 @triton.jit

@@ -8,14 +8,15 @@ from torch import Tensor
 
 from ..quant.codec import Basis, HalfCodec, principal_axes
 from ..quant.tile import TileLayout
+from . import cuda_basis
 from . import prompt_kernels as kernels
+from .backends import say_once
+from .heads import numbers_on
 from .pack import Which, pack, source_places
 from .triton_pack import multiprocessors, operand_dtype, pack_half
 
 LOG2E = 1.4426950408889634
 BLOCK = 128  # query rows, and keys, of a program
-JACOBI_WARPS = 16
-SWEEPS = 6  # of Jacobi rotations: the distortion is then within 0.1% of the exact axes' for spectra of four decades
 
 
 def _operand(x: Tensor) -> triton.language.dtype:
@@ -44,15 +45,15 @@ def attention_mass(q: Tensor, weight: Tensor, k: Tensor, counts: Tensor, longest
     q, rows = q.contiguous(), group * n
     blocks, bh = triton.cdiv(rows, BLOCK), batch * heads
     splits = max(1, min(triton.cdiv(longest, BLOCK), 2 * multiprocessors(q.device) // (blocks * bh)))
-    sizes = {"D": dim, "DP": padded(dim), "R": rows, "N": n, "BLOCK": BLOCK, "DOT": _operand(q)}
-    options = {"num_warps": 8, "num_stages": 2 if dim <= 128 else 1}
-    most, sums = torch.empty(2, bh, splits, rows, device=q.device)
-    kernels.query_sums[(blocks, splits, bh)](q, k, counts, most, sums, *k.stride()[:3], heads, scale * LOG2E, **sizes, **options)
-    lse = torch.logsumexp((most + sums.log2()) / LOG2E, 1) * LOG2E
+    sizes = {"D": dim, "DP": padded(dim), "R": rows, "N": n, "ROWS": BLOCK, "KEYS": BLOCK, "DOT": _operand(q)}
+    options = {"num_warps": 4, "num_stages": 2} if dim <= 128 else {"num_warps": 8, "num_stages": 1}
+    sums = torch.empty(bh, splits, rows, device=q.device)
+    kernels.query_sums[(blocks, splits, bh)](q, k, counts, sums, *k.stride()[:3], heads, scale * LOG2E, **sizes, **options)
     mass = torch.zeros(batch, heads, longest, device=q.device)
     kernels.key_mass[(triton.cdiv(longest, BLOCK), bh)](
-        q, k, counts, lse, weight.contiguous(), mass, *k.stride()[:3], *mass.stride()[:2], heads, scale * LOG2E, **sizes, **options
-    )
+        q, k, counts, sums, weight.contiguous(), mass, *k.stride()[:3], *mass.stride()[:2], heads, splits, scale * LOG2E, **sizes,
+        PARTS=triton.next_power_of_2(splits), **options,
+    )  # fmt: skip
     return mass
 
 
@@ -86,26 +87,24 @@ def refit_sums(
     """Sums of w y' y'^T and w y' (x - mean)^T, float32 [B, h, D, D], for the restored axes `kept` bfloat16 [B, h, tiles, DP, tile]."""
     batch, heads, _, dim = x.shape
     dp, workers = padded(dim), _workers(x, most, 1)
-    grams, crosses = torch.empty(2, batch, heads, workers, dp, dp, device=x.device)
+    both = torch.empty(2, batch, heads, workers, dp, dp, device=x.device)
     kernels.refit_sums[(workers, batch * heads)](
-        x, kept, mean, x if weight is None else weight, x if skip is None else skip, jobs, grams, crosses, *x.stride()[:3],
+        x, kept, mean, x if weight is None else weight, x if skip is None else skip, jobs, both[0], both[1], *x.stride()[:3],
         *((0, 0) if weight is None else weight.stride()[:2]), batch, heads, kept.shape[2], **_left_out(skip),
         WEIGHTED=weight is not None, DOT=operand_dtype(), D=dim, DP=dp, TOKENS=kept.shape[-1], num_warps=8, num_stages=1,
     )  # fmt: skip
-    return grams.sum(2)[..., :dim, :dim], crosses.sum(2)[..., :dim, :dim]
+    gram, cross = both.sum(3)[..., :dim, :dim]
+    return gram, cross
 
 
-def jacobi_axes(gram: Tensor, scale: Tensor) -> Tensor:
-    """quant.codec.principal_axes by Jacobi rotations in float32, all matrices at once; the order of equal eigenvalues is its own."""
-    dim = gram.shape[-1]
-    scaled = (gram * scale[..., None] * scale[..., None, :]).float()
-    matrices = (0.5 * (scaled + scaled.mT) / scaled.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-30)[..., None, None]).contiguous()
-    vectors = torch.eye(dim, device=gram.device).expand_as(matrices).contiguous()
-    kernels.diagonalize[(matrices.shape[:-2].numel(),)](
-        matrices, vectors, SWEEPS, D=dim, HALF=triton.next_power_of_2(dim) // 2, num_warps=JACOBI_WARPS
-    )
-    order = matrices.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True, stable=True)
-    return vectors.gather(-2, order[..., None].expand_as(vectors)).mT
+def _kernels_for_basis(like: Tensor) -> bool:
+    """Whether the CUDA kernels for the algebra of a basis [..., D, D] run here. Where not, PyTorch does it, on a GPU many times slower: one log line."""
+    if like.device.type != "cuda":
+        return False
+    why = cuda_basis.unsupported(like.shape[-1], like.device)
+    if why is not None:
+        say_once(f"The CUDA kernels for principal axes do not run ({why}); PyTorch's own linear algebra takes over, many times slower.")
+    return why is None
 
 
 @dataclass
@@ -134,13 +133,13 @@ class Begin:
 
 @dataclass
 class _Job:
-    """What is packed, on the device: see ops.pack. place: int64 [B, h, N], where the packed tokens lie; tokens: float32 [B, 1]."""
+    """What is packed, on the device: see ops.pack. tokens: float32 [B, 1], how many; weights: float32 [B, h, N] of keys and values, or None."""
 
     jobs: Tensor
     skip: Tensor | None
-    place: Tensor
     tokens: Tensor
     most: int
+    weights: tuple[Tensor | None, Tensor | None]
 
 
 def start(
@@ -153,78 +152,76 @@ def start(
     Returns:
         places of the heavy tokens int32 [B, h, heavy], and the bases of keys and values. What belongs to sequences with no tiles has no meaning.
     """
-    device, tile = begin.k.device, layout.tokens
-    counts, ends, numbers = torch.tensor(
-        [begin.counts, [n * tile + begin.sink + begin.heavy for n in begin.tiles], begin.tiles], dtype=torch.int32
-    ).to(device)
-    most = max(begin.tiles)
+    tile, most = layout.tokens, max(begin.tiles)
+    first, none = [begin.sink] * len(begin.tiles), [0] * len(begin.tiles)
+    ends = [n * tile + begin.sink + begin.heavy for n in begin.tiles]
+    table = numbers_on(begin.k.device, [begin.counts, ends, [max(n * tile, 1) for n in begin.tiles], first, begin.tiles, none])
+    jobs = table[3:]
     mass = None
     if begin.queries is not None and begin.weight is not None:
-        mass = attention_mass(begin.queries, begin.weight, begin.k, counts, max(begin.counts), begin.scale)
-    positions = _heavy(begin, mass, ends)
-    jobs = torch.stack([torch.full_like(numbers, begin.sink), numbers, torch.zeros_like(numbers)])
-    skip = positions if begin.heavy else None
-    place = source_places(begin.sink, most * tile, skip, begin.k).clamp(max=begin.k.shape[2] - 1)
-    job = _Job(jobs, skip, place, (numbers * tile).clamp(min=1).float()[:, None], most)
-    weights = [_weights(codec, mass, job) for codec in codecs]
-    bases = _axes(begin, codecs, weights, job)
+        mass = attention_mass(begin.queries, begin.weight, begin.k, table[0], max(begin.counts), begin.scale)
+    positions, weights = _choose(begin, codecs, mass, table[1], table[2], most * tile)
+    job = _Job(jobs, positions if begin.heavy else None, table[2, :, None].float(), most, weights)
+    bases = _axes(begin, codecs, job)
     halves: tuple[Which, Which] = ("keys", "values")
     for which, codec, x, basis, weight in zip(halves, codecs, (begin.k, begin.v), bases, weights, strict=True):
         if codec.layout.spec.refit or codec.layout.spec.noise_correction:
             _pack_and_refit(x, codec, basis, weight, job, tiles, layout, which, status)
         else:
-            pack(x, tiles, jobs, most, layout, which, basis, skip=skip, weight=weight, status=status, backend="triton")
+            pack(x, tiles, jobs, most, layout, which, basis, skip=job.skip, weight=weight, status=status, backend="triton")
     return positions, (bases[0], bases[1])
 
 
-def _heavy(begin: Begin, mass: Tensor | None, ends: Tensor) -> Tensor:
+def _choose(
+    begin: Begin, codecs: tuple[HalfCodec, HalfCodec], mass: Tensor | None, ends: Tensor, packed: Tensor, room: int
+) -> tuple[Tensor, tuple[Tensor | None, Tensor | None]]:
+    """Places of the heavy tokens, int32 [B, h, heavy], and the weights of keys and values (HalfCodec.weights), float32 [B, h, room], or None."""
+    batch, heads = begin.k.shape[:2]
     if mass is None:
         first = torch.arange(begin.sink, begin.sink + begin.heavy, dtype=torch.int32, device=begin.k.device)
-        return first.expand(*begin.k.shape[:2], -1).contiguous()
-    place = torch.arange(mass.shape[2], device=mass.device)
-    open_to_all = (place >= begin.sink) & (place < ends[:, None, None])
-    return mass.masked_fill(~open_to_all, -1.0).topk(begin.heavy, -1)[1].sort(-1)[0].to(torch.int32).contiguous()
+        return first.expand(batch, heads, -1).contiguous(), (None, None)
+    positions = torch.empty(batch, heads, begin.heavy, dtype=torch.int32, device=mass.device)
+    shares = [codec.layout.spec.attention_weight for codec in codecs]
+    k, v = (torch.empty(batch, heads, room, device=mass.device) if share else None for share in shares)
+    kernels.choose[(batch * heads,)](
+        mass, ends, packed, positions, mass if k is None else k, mass if v is None else v, *mass.stride()[:2], heads, room, *map(float, shares),
+        FIRST=begin.sink, HEAVY=begin.heavy, PADDED=triton.next_power_of_2(max(begin.heavy, 1)), KEYS=k is not None, VALUES=v is not None,
+        BLOCK=4096 if mass.is_cuda else 64, num_warps=16,
+    )  # fmt: skip
+    return positions, (k, v)
 
 
-def _weights(codec: HalfCodec, mass: Tensor | None, job: _Job) -> Tensor | None:
-    """HalfCodec.weights for sequences of their own lengths: float32 [B, h, N] in the order of packing."""
-    share = codec.layout.spec.attention_weight
-    if mass is None or not share:
-        return None
-    drawn = mass.gather(2, job.place.clamp(max=mass.shape[2] - 1))
-    packed = torch.arange(drawn.shape[2], device=mass.device) < job.tokens[..., None]
-    mean = (drawn * packed).sum(-1) / job.tokens
-    return 1 - share + share * drawn / mean.clamp(min=1e-30)[..., None]
-
-
-def _axes(begin: Begin, codecs: tuple[HalfCodec, HalfCodec], weights: list[Tensor | None], job: _Job) -> list[Basis]:
+def _axes(begin: Begin, codecs: tuple[HalfCodec, HalfCodec], job: _Job) -> list[Basis]:
     """Bases before any refit; the eigenvectors of both halves are found together."""
     found: list[Basis] = [{}, {}]
     waiting = []
     energy = torch.ones_like(begin.k[:, :, 0], dtype=torch.float32) if begin.energy is None else begin.energy
-    for i, (codec, x, weight) in enumerate(zip(codecs, (begin.k, begin.v), weights, strict=True)):
+    for i, (codec, x, weight) in enumerate(zip(codecs, (begin.k, begin.v), job.weights, strict=True)):
         half = codec.layout
         if half.spec.transform == "principal":
             total, gram = moments(x, weight, job.skip, job.jobs, job.most, half.tokens, half.group_size)
             waiting.append((i, total / job.tokens[..., None], codec.metric(energy), gram))
         elif half.spec.order != "none":
-            found[i] = _ranks(codec, x, energy, begin.tiles, job)
+            found[i] = _ranks(codec, x, energy, begin, job)
     if waiting:
         index, means, scales, grams = zip(*waiting, strict=True)
-        find = principal_axes if triton.knobs.runtime.interpret else jacobi_axes  # the interpreter takes a minute for a head
-        turns = find(torch.stack(grams), torch.stack(scales))
+        gram = torch.stack(grams)
+        find = cuda_basis.principal_axes if _kernels_for_basis(gram) else principal_axes
+        turns = find(gram, torch.stack(scales))
         for i, mean, scale, turn in zip(index, means, scales, turns, strict=True):
             found[i] = codecs[i].principal_basis(mean, scale, turn)
     return found
 
 
-def _ranks(codec: HalfCodec, x: Tensor, energy: Tensor, tiles: list[int], job: _Job) -> Basis:
+def _ranks(codec: HalfCodec, x: Tensor, energy: Tensor, begin: Begin, job: _Job) -> Basis:
     """Channels by importance, in plain PyTorch, a sequence at a time."""
     order = torch.zeros(*x.shape[:2], x.shape[3], dtype=torch.uint8, device=x.device)
-    for b, n in enumerate(tiles):
+    for b, n in enumerate(begin.tiles):
         if n:
-            place = job.place[b : b + 1, :, : n * codec.layout.tokens, None].expand(-1, -1, -1, x.shape[3])
-            order[b] = codec.find_basis(x[b : b + 1].gather(2, place).float(), energy[b : b + 1])["order"][0]
+            own = slice(b, b + 1)
+            place = source_places(begin.sink, n * codec.layout.tokens, None if job.skip is None else job.skip[own], x[own])
+            tokens = x[own].gather(2, place[..., None].expand(-1, -1, -1, x.shape[3]))
+            order[b] = codec.find_basis(tokens.float(), energy[own])["order"][0]
     return {"order": order}
 
 
@@ -249,4 +246,6 @@ def _pack_and_refit(
     if half.spec.noise_correction:
         basis["noise"] = (error.sum(2)[..., : half.head_dim] / job.tokens[..., None]).contiguous()
     if half.spec.refit:
-        basis["axes"] = codec.refit(basis, *refit_sums(x, kept, basis["mean"], weight, job.skip, job.jobs, job.most))
+        gram, cross = refit_sums(x, kept, basis["mean"], weight, job.skip, job.jobs, job.most)
+        fast = _kernels_for_basis(gram)
+        basis["axes"] = cuda_basis.map_back(basis["axes"], gram, cross) if fast else codec.refit(basis, gram, cross)

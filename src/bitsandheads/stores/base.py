@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..ops.append import Growing, append
-from ..ops.heads import HeadSet
+from ..ops.heads import HeadSet, numbers_on
 from ..ops.step import Held
 from .tail import Tail
 
@@ -46,12 +46,14 @@ class Prompt:
         weight: float [B, n], 0 for padding rows.
         scale: the factor of the model's attention scores.
         scores: per sequence, float [all its real tokens so far], or None.
+        padded: whether a weight may be 0.
     """
 
     queries: Tensor
     weight: Tensor
     scale: float
     scores: list[Tensor] | None = None
+    padded: bool = True
 
 
 class Store(ABC):
@@ -166,4 +168,4 @@ class Store(ABC):
 
     def _sync(self) -> None:
         """Write the host's counts to the device."""
-        self.counts.copy_(torch.tensor(self._host_counts(), dtype=torch.int32))
+        self.counts.copy_(numbers_on(self.counts.device, self._host_counts()))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CacheStateError, NotFiniteError
-from ..ops.heads import HeadSet
+from ..ops.heads import HeadSet, numbers_on
 from ..ops.pack import Which, kernels_failed, pack, packing_backend
 from ..ops.step import Held, Ring
 from ..quant.codec import Basis, HalfCodec
@@ -79,8 +79,8 @@ class Recent:
     def energy(self, index: slice | Tensor) -> Tensor:
         """Mean squared query of each channel, float32 [rows, h, D]."""
         q, w = self.q[index].float(), self.weight[index]
-        total = torch.einsum("bhgnd,bn->bhd", q.square(), w) / q.shape[2]
-        return total / w.sum(1).clamp(min=1)[:, None, None]
+        total = (q.square().sum(2) * w[:, None, :, None]).sum(2)
+        return total / (q.shape[2] * w.sum(1).clamp(min=1))[:, None, None]
 
     def attention_mass(self, index: slice | Tensor, k: Tensor, scale: float) -> Tensor:
         """Mean attention that each key draws from those of these queries that see it; the queries are those of the newest keys.
@@ -125,6 +125,7 @@ class PackedStore(Store):
         self.ring: Ring | None = None
         self.query_group = 0
         self.status = torch.zeros(1, dtype=torch.int32, device=k.device)
+        self.unchecked = False  # tiles whose status nobody has read yet
 
     def append(self, k: Tensor, v: Tensor, valid: Tensor | None) -> None:
         """See Store.append."""
@@ -165,6 +166,10 @@ class PackedStore(Store):
             return
         q, w = prompt.queries.to(self.tail.k.dtype), prompt.weight
         self.query_group = q.shape[2]
+        if self.recent is None and not prompt.padded:
+            newest = q[:, :, :, -RECENT_QUERIES:].clone(memory_format=torch.contiguous_format)  # a view would keep all queries alive
+            self.recent = Recent(newest, w[:, -RECENT_QUERIES:])
+            return
         if self.recent is not None:
             q, w = torch.cat([self.recent.q, q], 3), torch.cat([self.recent.weight, w], 1)
         order = w.bool().int().argsort(dim=1, stable=True)[:, -RECENT_QUERIES:]  # padding first: the last queries belong to the last keys
@@ -181,7 +186,7 @@ class PackedStore(Store):
     def _pack_tail(self, due: list[int]) -> None:
         """Pack the oldest due[b] tiles of each sequence."""
         self.bank.reserve(max(c + d for c, d in zip(self.bank.count, due, strict=True)))
-        jobs = torch.tensor([[0] * len(due), due, self.bank.count], dtype=torch.int32, device=self.tail.k.device)
+        jobs = numbers_on(self.tail.k.device, [[0] * len(due), due, self.bank.count])
         self._pack(jobs, max(due), due=False)
         self._count_packed(due)
         self.tail.drop_front([d * self.quant.tile for d in due], self.quant.residual + self.quant.tile)
@@ -261,7 +266,6 @@ class PackedStore(Store):
 
         quant, device = self.quant, self.tail.k.device
         whole = quant.sink + quant.heavy
-        self._check_finite()
         self.bank.reserve(max(tiles))
         recent = self.recent
         begin = triton_prompt.Begin(
@@ -270,11 +274,11 @@ class PackedStore(Store):
             scale=prompt.scale if prompt else 1.0, energy=recent.energy(slice(None)) if recent else None,
         )  # fmt: skip
         positions, found = triton_prompt.start(begin, self.codecs, self.bank.tiles, self.layout, self.status)
-        self._check_status()
+        self.unchecked = True  # to wait for the kernels here would keep the host from starting the next layer
         self.first.reserve(whole)
         first = torch.arange(quant.sink, device=device).expand(*positions.shape[:2], -1)
         place = torch.cat([first, positions.long()], -1)[..., None]
-        index = torch.tensor([b for b, n in enumerate(tiles) if n], device=device)
+        index = slice(None) if all(tiles) else numbers_on(device, [b for b, n in enumerate(tiles) if n]).long()
         for buffer, x in ((self.first.k, self.tail.k), (self.first.v, self.tail.v)):
             buffer[index, :, :whole] = x.gather(2, place.expand(-1, -1, -1, x.shape[3]))[index]
         self.positions[index] = positions[index]
@@ -350,6 +354,7 @@ class PackedStore(Store):
 
     def _check_status(self) -> None:
         """Raise NotFiniteError where the kernels met a step or centre that cannot be stored."""
+        self.unchecked = False
         largest = self.status.view(torch.float32).item()
         if not largest <= LIMITS[self.quant.metadata]:
             self.status.zero_()
@@ -422,6 +427,8 @@ class PackedStore(Store):
         return self._view(any(self.bank.count), self.salient is not None and any(self.salient.count))
 
     def _view(self, tiles: bool, salient: bool) -> HeadSet:
+        if self.unchecked:
+            self._check_status()
         extra: tuple[HeadSet, ...] = ()
         if salient and self.salient is not None:
             lengths = torch.zeros_like(self.counts[:3])
@@ -538,6 +545,8 @@ class PackedStore(Store):
 
     def tensors(self) -> dict[str, Tensor]:
         """See Store.tensors."""
+        if self.unchecked:
+            self._check_status()
         out = self.first.tensors("sink") | self.tail.tensors("tail")
         out["tiles"] = self.bank.tiles[:, :, : max(self.bank.count)]
         if self.salient is not None:

@@ -1,0 +1,250 @@
+// The small dense algebra behind a head's basis, a CTA for each matrix, DIM <= 128: `principal_axes` (eigenvectors) and `map_back` (ridge
+// regression). A warp holds columns of a matrix in registers; lane l holds the rows l, l + 32, ...
+
+constexpr int ROWS = (DIM + 31) / 32, COLUMNS = 16, WARPS = (DIM + COLUMNS - 1) / COLUMNS;
+constexpr unsigned ALL = 0xffffffffu;
+constexpr float SMALLEST = 1e-10f;   // pivot, of the mean of the diagonal
+constexpr float ORTHOGONAL = 1e-3f;  // cosine of two columns that are left alone
+
+typedef float Columns[COLUMNS][ROWS];
+
+#define EACH_ROW _Pragma("unroll") for (int r = 0, row = lane; r < ROWS; ++r, row += 32)
+#define EACH_COLUMN _Pragma("unroll") for (int c = 0; c < COLUMNS; ++c)
+
+__device__ __forceinline__ float warp_sum(float x) {
+    for (int d = 16; d; d /= 2) x += __shfl_xor_sync(ALL, x, d);
+    return x;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------- eigenvectors
+// A Cholesky factor with pivoting, A = L L^T, whose columns are then made orthogonal by one-sided Jacobi rotations (Hestenes, 1958; on the
+// factor: Veselic and Hari, 1989): L J = U sqrt(lambda), so that no eigenvectors are accumulated and small eigenvalues keep their accuracy.
+// A warp holds two blocks of eight columns. A round rotates all pairs between the two; then the blocks move on as in a round-robin
+// tournament (Brent and Luk, 1985), 2 WARPS - 1 rounds for a sweep.
+
+// Pair i of eight pairs of columns: with H = 8 between the two blocks, with H = 4, 2, 1 within them; all R < H together meet all pairs.
+template <int H> __device__ constexpr int left_of(int i) { return i / H * 2 * H + i % H; }
+template <int H, int R> __device__ constexpr int right_of(int i) { return i / H * 2 * H + H + (i % H + R) % H; }
+
+// The factor's columns in the order of the pivots, in shared memory, float [DIM, DIM].
+__device__ void factorize(const float* gram, const float* scale, float* factor, int warp, int lane) {
+    Columns a;
+    float left[ROWS], own_scale[ROWS], trace = 0;  // left: the diagonal of what is left to factorize, in every warp; -1: done
+    EACH_ROW {
+        own_scale[r] = row < DIM ? scale[row] : 0.0f;
+        left[r] = row < DIM ? gram[row * (DIM + 1)] * own_scale[r] * own_scale[r] : -1.0f;
+        trace += fmaxf(left[r], 0.0f);
+    }
+    const float unit = DIM / fmaxf(warp_sum(trace), 1e-30f);
+    EACH_ROW {
+        left[r] = row < DIM ? left[r] * unit : -1.0f;
+        EACH_COLUMN {
+            const int k = COLUMNS * warp + c;
+            a[c][r] = row < DIM && k < DIM ? 0.5f * unit * (gram[k * DIM + row] + gram[row * DIM + k]) * own_scale[r] * scale[k] : 0.0f;
+        }
+    }
+    for (int step = 0; step < DIM; ++step) {
+        int best = 0;  // the largest pivot: its bits, with the row in the lowest seven
+        EACH_ROW best = left[r] < 0 ? best : max(best, (__float_as_int(left[r]) & ~127) | row);
+        best = __reduce_max_sync(ALL, best);
+        const int p = min(best & 127, DIM - 1);
+        const float pivot = fmaxf(__int_as_float(best & ~127), SMALLEST), inverse = rsqrtf(pivot);
+        float* l = factor + step * DIM;
+        if (p / COLUMNS == warp) {
+            EACH_COLUMN if (p % COLUMNS == c) {
+                EACH_ROW if (row < DIM) l[row] = row == p ? pivot * inverse : left[r] < 0 ? 0.0f : a[c][r] * inverse;
+            }
+        }
+        __syncthreads();
+        float own[ROWS];
+        EACH_ROW {
+            own[r] = row < DIM ? l[row] : 0.0f;
+            if (left[r] >= 0) left[r] = row == p ? -1.0f : fmaxf(left[r] - own[r] * own[r], 0.0f);
+        }
+        EACH_COLUMN {
+            const int k = COLUMNS * warp + c;
+            const float other = k < DIM ? l[k] : 0.0f;
+            EACH_ROW a[c][r] -= own[r] * other;
+        }
+    }
+}
+
+// Rotate eight pairs of columns; lanes 4 i to 4 i + 3 find the angle of pair i. Columns are scaled: column c is w[c] times the `scale` of
+// lanes c and c + 16, which also hold its squared norm, so that a rotation takes two operations for two elements (fast Givens).
+template <int H, int R> __device__ __forceinline__ bool rotate(Columns& w, float& norm, float& scale, int lane) {
+    float dot[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        dot[i] = 0;
+        EACH_ROW dot[i] += w[left_of<H>(i)][r] * w[right_of<H, R>(i)][r];
+    }
+#pragma unroll
+    for (int n = 4; n; n /= 2) {  // sums over the lanes: each half of them goes on with half of the pairs
+        const bool upper = lane & 4 * n;
+#pragma unroll
+        for (int i = 0; i < n; ++i) {
+            const float other = upper ? dot[i] : dot[i + n];
+            dot[i] = (upper ? dot[i + n] : dot[i]) + __shfl_xor_sync(ALL, other, 4 * n);
+        }
+    }
+    dot[0] += __shfl_xor_sync(ALL, dot[0], 2);
+    dot[0] += __shfl_xor_sync(ALL, dot[0], 1);
+    const int pair = lane / 4, x = left_of<H>(pair), y = right_of<H, R>(pair);
+    const float norm_x = __shfl_sync(ALL, norm, x), norm_y = __shfl_sync(ALL, norm, y);
+    const float scale_x = __shfl_sync(ALL, scale, x), scale_y = __shfl_sync(ALL, scale, y);
+    const float g = dot[0] * scale_x * scale_y;
+    const bool turn = g * g > ORTHOGONAL * ORTHOGONAL * norm_x * norm_y;
+    if (!__any_sync(ALL, turn)) return false;
+    const float tau = (norm_y - norm_x) / (2 * g);  // the smaller angle (Golub and Van Loan, section 8.5.2)
+    const float t = turn ? (tau >= 0 ? 1.0f : -1.0f) / (fabsf(tau) + sqrtf(1 + tau * tau)) : 0.0f;
+    const float cosine = rsqrtf(1 + t * t), moved = t * g, to_x = t * scale_y / scale_x, to_y = t * scale_x / scale_y;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        const float px = __shfl_sync(ALL, to_x, 4 * i), py = __shfl_sync(ALL, to_y, 4 * i);
+        EACH_ROW {
+            float &u = w[left_of<H>(i)][r], &v = w[right_of<H, R>(i)][r];
+            const float before = u;
+            u -= px * v;
+            v += py * before;
+        }
+    }
+    const int column = lane % 16, k = column % (2 * H);
+    const int from = 4 * (column / (2 * H) * H + (k < H ? k : (k - R) % H));  // the pair that this lane's column belongs to
+    scale *= __shfl_sync(ALL, cosine, from);
+    const float change = __shfl_sync(ALL, moved, from);
+    norm += k < H ? -change : change;
+    return true;
+}
+
+template <int H, int R = 0> __device__ __forceinline__ bool rotate_all(Columns& w, float& norm, float& scale, int lane) {
+    bool turned = rotate<H, R>(w, norm, scale, lane);
+    if constexpr (R + 1 < H) turned |= rotate_all<H, R + 1>(w, norm, scale, lane);
+    return turned;
+}
+
+// Move every block of eight columns to its next place; blocks: float [2 WARPS, 8, DIM], state: float [2 WARPS, 8, 2] of shared memory.
+__device__ void move_on(Columns& w, float& norm, float& scale, float* blocks, float* state, int warp, int lane) {
+    const int to[2] = {warp == 0 ? 0 : warp == WARPS - 1 ? 2 * WARPS - 1 : warp + 1, warp == 0 ? 1 : WARPS + warp - 1};
+    EACH_COLUMN EACH_ROW if (row < DIM) blocks[(8 * to[c / 8] + c % 8) * DIM + row] = w[c][r];
+    if (lane < 16) {
+        const int place = 8 * (lane < 8 ? to[0] : to[1]) + lane % 8;
+        state[2 * place] = norm, state[2 * place + 1] = scale;
+    }
+    __syncthreads();
+    EACH_COLUMN EACH_ROW w[c][r] = row < DIM ? blocks[(8 * (c / 8 * WARPS + warp) + c % 8) * DIM + row] : 0.0f;
+    const int place = 8 * (lane % 16 / 8 * WARPS + warp) + lane % 8;
+    norm = state[2 * place], scale = state[2 * place + 1];
+    __syncthreads();
+}
+
+__device__ __forceinline__ void apply_scales(Columns& w, float& norm, float& scale, int lane) {
+    EACH_COLUMN {
+        const float own = __shfl_sync(ALL, scale, c);
+        float square = 0;
+        EACH_ROW {
+            w[c][r] *= own;
+            square += w[c][r] * w[c][r];
+        }
+        square = warp_sum(square);
+        norm = lane % 16 == c ? square : norm;
+    }
+    scale = 1;
+}
+
+// axes: float [n, DIM, DIM], a row for each eigenvector of scale gram scale, by falling eigenvalue.
+// Dynamic shared memory: 16 WARPS (DIM + 2) floats.
+extern "C" __global__ void __launch_bounds__(WARPS * 32) principal_axes(const float* gram, const float* scales, float* axes, int sweeps) {
+    extern __shared__ float shared[];
+    float* state = shared + COLUMNS * WARPS * DIM;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const long long n = blockIdx.x;
+    factorize(gram + n * DIM * DIM, scales + n * DIM, shared, warp, lane);
+    __syncthreads();
+    Columns w;
+    float norm = 0, scale = 1;
+    EACH_COLUMN EACH_ROW w[c][r] = row < DIM && COLUMNS * warp + c < DIM ? shared[(COLUMNS * warp + c) * DIM + row] : 0.0f;
+    __syncthreads();
+    for (int sweep = 0; sweep < sweeps; ++sweep) {
+        apply_scales(w, norm, scale, lane);
+        bool turned = rotate_all<4>(w, norm, scale, lane) | rotate_all<2>(w, norm, scale, lane) | rotate_all<1>(w, norm, scale, lane);
+        for (int round = 0; round < 2 * WARPS - 1; ++round) {
+            turned |= rotate_all<8>(w, norm, scale, lane);
+            if (WARPS > 1) move_on(w, norm, scale, shared, state, warp, lane);
+        }
+        if (!__syncthreads_or(turned)) break;
+    }
+    apply_scales(w, norm, scale, lane);
+    if (lane < 16) state[COLUMNS * warp + lane] = norm;
+    __syncthreads();
+    EACH_COLUMN {
+        const float own = __shfl_sync(ALL, norm, c);
+        int place = 0;  // how many eigenvalues come before this one
+        for (int k = lane; k < COLUMNS * WARPS; k += 32) place += state[k] > own || (state[k] == own && k < COLUMNS * warp + c);
+        place = __reduce_add_sync(ALL, place);
+        const float length = rsqrtf(own);
+        EACH_ROW if (row < DIM && place < DIM) axes[(n * DIM + place) * DIM + row] = w[c][r] * length;
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------- ridge regression
+
+__device__ __forceinline__ float from_bfloat16(unsigned short x) { return __int_as_float(x << 16); }
+
+__device__ __forceinline__ unsigned short to_bfloat16(float x) {
+    const unsigned bits = __float_as_int(x);
+    return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+// (G + R) X = C + R B by Gauss and Jordan, with R = diag(share G + 1e-6 mean of G's diagonal): X is the ridge regression towards B.
+// gram [n, DIM, DIM], cross [n, DIM axes, DIM channels]: float; axes in [n, DIM channels, DIM axes]: B^T, and out: X^T, bfloat16.
+// Symmetric and positive definite, so no pivots are looked for. Dynamic shared memory: 2 DIM floats. WARPS * 2 warps.
+extern "C" __global__ void __launch_bounds__(WARPS * 64) map_back(const float* gram, const float* cross, const unsigned short* axes,
+                                                                  unsigned short* out, float share) {
+    extern __shared__ float shared[];
+    constexpr int HALF = COLUMNS / 2;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const long long n = blockIdx.x * (long long)(DIM * DIM);
+    gram += n, cross += n, axes += n, out += n;
+    float a[HALF][ROWS], x[HALF][ROWS], ridge[ROWS], trace = 0;
+    EACH_ROW {
+        ridge[r] = row < DIM ? gram[row * (DIM + 1)] : 0.0f;
+        trace += ridge[r];
+    }
+    trace = warp_sum(trace);
+    EACH_ROW {
+        ridge[r] = share * ridge[r] + 1e-6f / DIM * trace + 1e-30f;
+#pragma unroll
+        for (int c = 0; c < HALF; ++c) {
+            const int k = HALF * warp + c;
+            const bool there = row < DIM && k < DIM;
+            a[c][r] = there ? 0.5f * (gram[k * DIM + row] + gram[row * DIM + k]) + (row == k ? ridge[r] : 0.0f) : 0.0f;
+            x[c][r] = there ? cross[row * DIM + k] + ridge[r] * from_bfloat16(axes[k * DIM + row]) : 0.0f;
+        }
+    }
+#pragma unroll
+    for (int part = 0; part < ROWS; ++part) {  // so that the row's register is known when this is compiled
+        for (int j = 32 * part; j < min(32 * part + 32, DIM); ++j) {
+            float* column = shared + j % 2 * DIM;
+#pragma unroll
+            for (int c = 0; c < HALF; ++c) {
+                if (j != HALF * warp + c) continue;
+                const float inverse = 1 / __shfl_sync(ALL, a[c][part], j % 32);
+                EACH_ROW if (row < DIM) column[row] = row == j ? 1 - inverse : a[c][r] * inverse;
+            }
+            __syncthreads();
+            float factor[ROWS];
+            EACH_ROW factor[r] = row < DIM ? column[row] : 0.0f;
+#pragma unroll
+            for (int c = 0; c < HALF; ++c) {
+                const float pa = __shfl_sync(ALL, a[c][part], j % 32), px = __shfl_sync(ALL, x[c][part], j % 32);
+                EACH_ROW {
+                    a[c][r] -= factor[r] * pa;
+                    x[c][r] -= factor[r] * px;
+                }
+            }
+        }
+    }
+#pragma unroll
+    for (int c = 0; c < HALF; ++c)
+        EACH_ROW if (row < DIM && HALF * warp + c < DIM) out[(HALF * warp + c) * DIM + row] = to_bfloat16(x[c][r]);
+}
