@@ -3,6 +3,7 @@
     python benchmarks/gates_tiny_reasoner.py curriculum --output DIR  (the problems that the runs share; a run makes them if they are not there)
     python benchmarks/gates_tiny_reasoner.py rlkv-0 --output DIR      (or another name of RUNS)
     python benchmarks/gates_tiny_reasoner.py check --output DIR       (accuracy by sparsity of every score file in DIR)
+    python benchmarks/gates_tiny_reasoner.py averaged --output benchmarks/results/gates (-> benchmarks/results/head-scores/rlkv-mean-*.tsv)
     python benchmarks/gates_tiny_reasoner.py plot --output benchmarks/results/gates     (-> docs/heads-training.svg)
 
 Scores are written to DIR/NAME.tsv, the log to DIR/NAME.csv, seconds, tokens and memory to DIR/NAME.json. Hyper-parameters:
@@ -12,9 +13,11 @@ runs/tiny-reasoner.yaml, and what RUNS changes.
 import argparse
 import csv
 import json
+import os
 import shutil
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,7 @@ from bitsandheads.gates.distill import DistillConfig, distill, passkey_batches, 
 from bitsandheads.gates.problems import read_problems
 from bitsandheads.gates.prompts import encode, make_engine
 from bitsandheads.gates.rollout import RolloutEngine
+from bitsandheads.gates.trainer import ranked
 from bitsandheads.models import load
 from bitsandheads.plan import Window
 from bitsandheads.scores import HeadScores
@@ -36,6 +40,7 @@ from bitsandheads.tasks import reasoning
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "runs" / "tiny-reasoner.yaml"
+SCORES = ROOT / "benchmarks" / "results" / "head-scores"
 PLOT = ROOT / "docs" / "heads-training.svg"
 POOL = "reasoning:train:4000:1"
 SOLVED = "curriculum.jsonl"
@@ -155,6 +160,16 @@ def check(model: Any, tokenizer: Any, output: Path, names: list[str] | None = No
     (output / f"check-{'-'.join(names or ['all'])}.json").write_text(json.dumps(rows, indent=1) + "\n")
 
 
+def averaged(folder: Path, steps: int = 20) -> None:
+    """rlkv-mean-SEED.tsv: the scores that `average: 20` gives, from the logs of the runs."""
+    for seed in range(3):
+        scores = HeadScores.read(SCORES / f"rlkv-{seed}.tsv")
+        with (folder / f"rlkv-{seed}.csv").open(newline="") as file:
+            rows = [[float(v) for k, v in row.items() if k.startswith("gate_")] for row in csv.DictReader(file)]
+        values = ranked(torch.tensor(rows).view(-1, *scores.values.shape), steps).numpy()
+        replace(scores, values=values, extra=scores.extra | {"average": steps}).save(SCORES / f"rlkv-mean-{seed}.tsv")
+
+
 def plot(folder: Path) -> None:
     """Reward and sparsity of all runs by step, and every gate of the first seed."""
     from matplotlib.figure import Figure
@@ -196,9 +211,9 @@ def main() -> None:
     args = parser.parse_args()
     changes = {k: json.loads(v) for k, v in (item.split("=") for item in args.set)}
     args.output.mkdir(parents=True, exist_ok=True)
-    if args.name == "plot":
-        return plot(args.output)
-    model, tokenizer = load(str(ROOT / "models" / "tiny-reasoner"))
+    if args.name in ("plot", "averaged"):
+        return {"plot": plot, "averaged": averaged}[args.name](args.output)
+    model, tokenizer = load(os.path.relpath(ROOT / "models" / "tiny-reasoner"))  # the name in the scores
     if args.name == "check":
         check(model, tokenizer, args.output)
     elif args.name == "curriculum":

@@ -185,14 +185,14 @@ def run(args: argparse.Namespace) -> None:
     number, shards = (int(x) for x in args.shard.split("/"))
     sources = sorted(p.stem for p in args.scores.glob("*.tsv"))
     there = whole_cells(args.output, args.engine, args.samples)
-    wanted = [c for c in cells(sources) if args.only in c.name and (args.engine == "cache" or c.masked) and c.name not in there]
-    mine = [c for c in wanted if not (args.unmasked and c.masked)][number::shards]
+    wanted = list(dict.fromkeys(c for part in args.only.split(",") for c in cells(sources) if part in c.name and c.name not in there))
+    mine = [c for c in wanted if (c.masked or args.engine == "cache") and not (c.masked and args.unmasked)][number::shards]
     model, tokenizer = load(str(args.model), args.device)
     tasks = tasks_of(args.samples)
     for name in sources:
         HeadScores.read(args.scores / f"{name}.tsv").check(model)
     generate = Masked(model, args.batch_size) if args.engine == "mask" else through_transformers
-    config = {"engine": args.engine, "model": args.model.name, "samples": args.samples, "batch_size": args.batch_size, "sources": sources}
+    config = {"engine": args.engine, "model": args.model.name, "samples": args.samples, "batch_size": args.batch_size}
     config["new_tokens"] = [t.max_new_tokens for t in tasks]
     with RunFolder(args.output / f"shard-{args.engine}-{number}-of-{shards}", config) as folder:
         for cell in mine:
@@ -358,7 +358,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=1050)
     parser.add_argument("--seconds", type=float, default=1e9)
     parser.add_argument("--unmasked", action="store_true", help="only the cells that --engine mask cannot answer")
-    parser.add_argument("--only", default="", help="cells whose name contains this")
+    parser.add_argument("--only", default="", help="cells whose name contains this; several, separated by commas: in this order")
     parser.add_argument("--device")
     parser.add_argument("--result", type=Path, default=RESULT)
     parser.add_argument("--plot", type=Path, default=PLOT)

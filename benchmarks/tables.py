@@ -220,7 +220,8 @@ def heads_smollm2() -> list[str]:
         "| scores | sparsity | bytes saved at 1k tokens | KL of long text [95%] | top-1 | needles found [95%] |",
         "|---" * 6 + "|",
     ]
-    for r in json.loads((RESULTS / "heads-smollm2.json").read_text())["rows"]:
+    rows = json.loads((RESULTS / "heads-smollm2.json").read_text())["rows"]
+    for r in sorted(rows, key=lambda r: (r["scores"] != "all heads", r["scores"], r["sparsity"])):
         kl = f"{r['kl']:.3f} [{r['kl_low']:.3f}, {r['kl_high']:.3f}] | {r['top1']:.3f}" if r["kl"] is not None else "- | -"
         found = f"{r['needles']:.2f} [{r['needles_low']:.2f}, {r['needles_high']:.2f}]" if r["needles"] is not None else "-"
         lines.append(f"| {r['scores']} | {r['sparsity']:g} | {r['bytes_saved']:.0%} | {kl} | {found} |")

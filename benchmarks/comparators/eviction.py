@@ -79,6 +79,8 @@ class Budget:
 class EvictionLayer:
     """The tokens of one layer: what CompressedLayer is to a plan. Only left padding of the first chunk is known."""
 
+    groups = ()  # no heads that a plan names
+
     def __init__(self, index: int, shape: LayerShape, method: Method, budget: Budget, dtype: torch.dtype | None) -> None:
         self.index, self.shape, self.method, self.budget, self.dtype = index, shape, method, budget, dtype
         self.reset()

@@ -64,6 +64,8 @@ class TrainConfig:
         micro_batch: solutions in one training pass of a process.
         rollout_batch: solutions that a process decodes at once.
         gradient_checkpointing: recompute activations in the backward pass.
+        average: scores are the mean of the gates after so many last steps; 1: the last gates (the release). Gates go on to swing around
+            their balance at a constant learning rate, so a mean ranks the weak ones better.
         save_every: steps between checkpoints, at most 10.
         seconds: stop after the step that passes this time, whatever `steps` says; 0: never.
         seed: of all random numbers.
@@ -92,13 +94,14 @@ class TrainConfig:
     micro_batch: int = 1
     rollout_batch: int = 32
     gradient_checkpointing: bool = True
+    average: int = 1
     save_every: int = 10
     seconds: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
         _ = self.window
-        for name in ("steps", "questions", "max_new_tokens", "micro_batch", "rollout_batch"):
+        for name in ("steps", "questions", "max_new_tokens", "micro_batch", "rollout_batch", "average"):
             value = getattr(self, name)
             check(isinstance(value, int) and value >= 1, name, value, "a whole number of at least 1")
         check(self.samples >= 2, "samples", self.samples, "at least 2: advantages compare the samples of a question")

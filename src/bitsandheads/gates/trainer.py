@@ -35,17 +35,17 @@ def penalty_weight(config: TrainConfig, group_rewards: Tensor, rewards: Tensor) 
     return ((mean > config.tau) * config.beta * (mean.exp() - 1)).mean()
 
 
-def ranked(alpha: Tensor, total: Tensor, steps: int) -> Tensor:
-    """Scores of trained gates: a gate above 0 is its own score; those that ended at 0 would tie, so they are ranked by how long they stayed up.
+def ranked(history: Tensor, average: int) -> Tensor:
+    """Scores of trained gates: their mean over the last steps. Gates that ended at 0 would tie, so they are ranked by how long they stayed up.
 
     Args:
-        alpha: float32 [layers, KV heads], the gates after the last step.
-        total: float32 [layers, KV heads], the sum of the gates after each step.
-        steps: in that sum.
+        history: float32 [steps, layers, KV heads], the gates after each step.
+        average: how many of the last steps count; 1: the last gates, as in RLKV's release.
     Returns:
-        float32 [layers, KV heads]; of a gate that ended at 0 its mean over the steps minus 1, so between -1 and 0.
+        float32 [layers, KV heads]; of a gate that was 0 in all those steps its mean over the whole run minus 1, so between -1 and 0.
     """
-    return torch.where(alpha > 0, alpha, total / max(steps, 1) - 1)
+    last = history[-average:].mean(0)
+    return torch.where(last > 0, last, history.mean(0) - 1)
 
 
 class _Steps(TrainerCallback):
@@ -56,7 +56,7 @@ class _Steps(TrainerCallback):
 
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         self.trainer.gates.clamp_()
-        self.trainer.total += self.trainer.gates.alpha.detach()
+        self.trainer.history.append(self.trainer.gates.alpha.detach().cpu())
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer.config.seconds:
@@ -90,7 +90,7 @@ class GateTrainer(GRPOTrainer):
                 f"Gates are trained with the whole model in each process; {kind} shards it. Use `accelerate launch --multi_gpu`."
             )
         self.gates, self.config, self.engine = gates, config, engine
-        self.total = torch.zeros_like(gates.alpha, requires_grad=False)  # sum of the gates after each step
+        self.history: list[Tensor] = []  # the gates after each step
         self._folder = Path(str(self.args.output_dir))
         self._partial = False
         self._group_rewards: Tensor = torch.empty(0)
@@ -170,13 +170,13 @@ class GateTrainer(GRPOTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir or self._folder)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({"alpha": self.gates.alpha.detach().cpu(), "total": self.total.cpu()}, folder / GATES_FILE)
+        save_file({"alpha": self.gates.alpha.detach().cpu(), "history": torch.stack(self.history)}, folder / GATES_FILE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         saved = load_file(Path(resume_from_checkpoint) / GATES_FILE)
         with torch.no_grad():
             self.gates.alpha.copy_(saved["alpha"])
-            self.total.copy_(saved["total"])
+        self.history = list(saved["history"])
 
 
 def checkpoints(folder: Path) -> list[Path]:

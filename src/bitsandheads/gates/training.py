@@ -151,7 +151,7 @@ def train(
     """Train the gates of a model; the folder `output` gets head_scores.tsv at the end.
 
     It also holds config.json, log.csv (a row for each step), tensorboard/, checkpoint-*/ (the newest two; whole or absent) and at the end
-    summary.json (seconds, tokens, peak memory). The model comes back without gates. Scores are the gates; see trainer.ranked for those at 0.
+    summary.json (seconds, tokens, peak memory). The model comes back without gates. Scores: see trainer.ranked.
 
     Args:
         model: of transformers, on its device; its parameters are frozen.
@@ -179,10 +179,10 @@ def train(
             trainer.add_callback(_Report(output, gates, step, say))
         started = time.perf_counter()
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        steps = trainer.state.global_step
+        about = {k: getattr(config, k) for k in ("penalty", "beta", "tau", "average")}
         scores = HeadScores.of(
-            ranked(gates.alpha.detach(), trainer.total, steps), model, "rlkv", sink=config.sink, recent=config.recent, data=data,
-            seed=config.seed, commit=commit, extra={"steps": steps, "penalty": config.penalty, "beta": config.beta, "tau": config.tau},
+            ranked(torch.stack(trainer.history), config.average), model, "rlkv", sink=config.sink, recent=config.recent, data=data,
+            seed=config.seed, commit=commit, extra={"steps": trainer.state.global_step} | about,
         )  # fmt: skip
         if main:
             scores.save_pretrained(output)
