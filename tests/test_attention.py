@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from bitsandheads.ops import HeadSet, decode_attention
+from bitsandheads.ops.chunks import attend_chunk
 from bitsandheads.ops.reference import decode_attention as reference
 from bitsandheads.quant.codec import HalfCodec
 from bitsandheads.quant.spec import AxisClass, KVQuant, TensorQuant
@@ -177,3 +178,16 @@ def test_lse_merges_parts() -> None:
     weights = torch.stack([p[1] for p in parts]).softmax(0)[..., None]
     torch.testing.assert_close(weights[0] * parts[0][0] + weights[1] * parts[1][0], out, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(torch.stack([p[1] for p in parts]).logsumexp(0), lse, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("n", [1, 8, 13, 24])
+def test_a_chunk_in_pieces_is_the_chunk(n: int, padded: bool) -> None:
+    torch.manual_seed(n)
+    sets = [build("packed", (0, 2), [40, 33])[0], build("window", (1,), [40, 33], window=20)[0]]
+    q = torch.randn(2, 6, n, DIM)
+    hidden = torch.stack([torch.arange(n - 1, -1, -1), torch.arange(n - 1, -1, -1).clamp(max=3)]) if padded else None
+    want = decode_attention(q, sets, 0.2, hidden)[0]
+    got = attend_chunk(q, sets, 0.2, hidden, "auto", most=8)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    assert torch.equal(attend_chunk(q, sets, 0.2, hidden, "auto"), want)  # the reference takes any size

@@ -9,6 +9,7 @@ from torch import Tensor
 from . import ops
 from .errors import AttentionNotEnabledError, CacheStateError, ModelMismatchError, ShapeError
 from .ops.append import MAX_NEW
+from .ops.chunks import attend_chunk
 from .ops.heads import HeadSet
 from .ops.step import LayerStep
 from .plan import HeadGroup, LayerShape
@@ -191,7 +192,7 @@ class CompressedLayer:
         if not exact:
             hidden = None if chunk.hidden is None else chunk.hidden.to(q.device)
             sets: list[HeadSet] = [store.heads() for store in self.stores]
-            out = ops.decode_attention(q, sets, scale, hidden, backend=self.backend)[0].transpose(1, 2).contiguous()
+            out = attend_chunk(q, sets, scale, hidden, self.backend).transpose(1, 2).contiguous()
         del k, v
         for store in self.stores:
             store.compress(self._prompt(q, store, chunk, scale))
