@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bitsandheads.ops import HeadSet, decode_attention
+from bitsandheads.ops import HeadSet, _in_parts, decode_attention
 from bitsandheads.ops.chunks import attend_chunk
 from bitsandheads.ops.reference import decode_attention as reference
 from bitsandheads.quant.codec import HalfCodec
@@ -191,3 +191,12 @@ def test_a_chunk_in_pieces_is_the_chunk(n: int, padded: bool) -> None:
     got = attend_chunk(q, sets, 0.2, hidden, "auto", most=8)
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
     assert torch.equal(attend_chunk(q, sets, 0.2, hidden, "auto"), want)  # the reference takes any size
+
+
+@pytest.mark.parametrize("kind", ["packed", "salient", "whole"])
+def test_sequences_in_parts_are_the_batch(kind: str) -> None:
+    torch.manual_seed(0)
+    sets = [build(kind, (0, 2), [10, 5, 7])[0], build("window", (1,), [9, 12, 6], window=4)[0]]
+    q, hidden = torch.randn(3, 6, 2, DIM), torch.tensor([[1, 0], [0, 0], [2, 1]])
+    for parts, whole in zip(_in_parts(q, sets, 0.2, hidden, "auto", 2), decode_attention(q, sets, 0.2, hidden), strict=True):
+        torch.testing.assert_close(parts, whole, atol=1e-5, rtol=1e-5)

@@ -75,6 +75,8 @@ def _dispatch(q: Tensor, sets: list[HeadSet], scale: float, hidden: Tensor | Non
     if chosen == "cuda":
         from . import cuda_decode
 
+        if len(sets) * q.shape[0] > cuda_decode.MAX_ENTRIES:
+            return _in_parts(q, sets, scale, hidden, backend, cuda_decode.MAX_ENTRIES // len(sets))
         why = cuda_decode.unsupported(q, sets)
         whole = backend == "auto" and all(s.tiles is None for s in sets) and why_not("triton", q.device) is None
         if whole:  # without codes the Triton kernel is the faster one
@@ -99,6 +101,17 @@ def _dispatch(q: Tensor, sets: list[HeadSet], scale: float, hidden: Tensor | Non
         say_once(f"The triton backend does not cover {why}; the plain PyTorch reference takes over.")
     work = torch.float32 if q.dtype in (torch.float16, torch.bfloat16) else q.dtype
     return reference.decode_attention(q, sets, scale, hidden, work)
+
+
+def _in_parts(q: Tensor, sets: list[HeadSet], scale: float, hidden: Tensor | None, backend: str, most: int) -> tuple[Tensor, Tensor]:
+    """At most `most` sequences at a time, for a kernel that takes no more."""
+    batch = q.shape[0]
+    size = -(-batch // -(-batch // most))
+    parts = []
+    for rows in (slice(first, first + size) for first in range(0, batch, size)):
+        own = None if hidden is None else hidden[rows]
+        parts.append(_dispatch(q[rows], [s.rows(rows) for s in sets], scale, own, backend))
+    return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
 
 
 def decode_attention(

@@ -46,3 +46,15 @@ class HeadSet:
     value_basis: Basis = field(default_factory=dict)
     window: int | None = None
     extra: "tuple[HeadSet, ...]" = ()
+
+    def rows(self, rows: slice) -> "HeadSet":
+        """These sequences."""
+
+        def cut(t: Tensor | None) -> Tensor | None:
+            return None if t is None else t[rows]
+
+        key, value = ({name: t[rows] for name, t in basis.items()} for basis in (self.key_basis, self.value_basis))
+        return HeadSet(
+            self.kv_heads, self.tail_k[rows], self.tail_v[rows], self.lengths[:, rows].contiguous(), cut(self.sink_k), cut(self.sink_v),
+            cut(self.tiles), self.layout, key, value, self.window, tuple(part.rows(rows) for part in self.extra),
+        )  # fmt: skip
