@@ -13,7 +13,7 @@ import torch
 
 from bitsandheads.errors import BackendError, CacheStateError, NotFiniteError
 from bitsandheads.gates.config import TrainConfig
-from bitsandheads.gates.trainer import GateTrainer, checkpoints, penalty_weight
+from bitsandheads.gates.trainer import GateTrainer, checkpoints, penalty_weight, ranked
 from bitsandheads.gates.training import histogram, schedule, train
 from bitsandheads.scores import HeadScores
 
@@ -49,8 +49,15 @@ def test_the_gate_that_the_task_needs_stays_and_the_others_fall(tmp_path):
     assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-14", "checkpoint-16"] and not (tmp_path / "partial").exists()
 
 
+def test_scores_are_the_last_gates_or_their_mean_and_never_tie_at_zero():
+    history = torch.tensor([[[0.9, 0.9, 0.9]], [[0.8, 0.3, 0.4]], [[0.7, 0.0, 0.0]], [[0.9, 0.0, 0.0]]])
+    assert ranked(history, 1).tolist() == [[pytest.approx(0.9), pytest.approx(0.3 - 1), pytest.approx(0.325 - 1)]]
+    assert ranked(history, 3).tolist() == [[pytest.approx(0.8), pytest.approx(0.1), pytest.approx(0.4 / 3)]]
+    assert ranked(history[:1], 20).tolist() == history[0].tolist(), "a run of fewer steps"
+
+
 def test_a_killed_run_resumes_to_the_same_scores(tmp_path):
-    config = replace(CONFIG, steps=7, temperature=1.5)  # two epochs of the schedule, and mixed rewards
+    config = replace(CONFIG, steps=7, temperature=1.5, average=5)  # two epochs of the schedule, and mixed rewards
     expected = run(tmp_path / "whole", config)
     calls = []
 

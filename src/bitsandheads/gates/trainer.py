@@ -56,7 +56,7 @@ class _Steps(TrainerCallback):
 
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         self.trainer.gates.clamp_()
-        self.trainer.history.append(self.trainer.gates.alpha.detach().cpu())
+        self.trainer.history.append(self.trainer.gates.alpha.detach().cpu().clone())
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer.config.seconds:
