@@ -74,13 +74,14 @@ def passkey_batches(text: Sequence[int], config: DistillConfig) -> Iterator[Batc
         )
     source = torch.tensor(list(text))
     draw = torch.Generator().manual_seed(config.seed)
+    alphabet = source.unique()
     counts = torch.zeros(config.length, dtype=torch.bool)
     counts[-keys:] = torch.arange(keys) % config.passkey_tokens >= config.cue
     while True:
         rows = []
         for _ in range(config.batch):
             start = int(torch.randint(len(source) - hay, (), generator=draw))
-            passkeys = source.unique()[torch.randint(len(source.unique()), (config.passkeys, config.passkey_tokens), generator=draw)]
+            passkeys = alphabet[torch.randint(len(alphabet), (config.passkeys, config.passkey_tokens), generator=draw)]
             cuts = torch.randint(0, hay + 1, (config.passkeys,), generator=draw).sort().values.tolist()
             pieces = torch.tensor_split(source[start : start + hay], cuts)
             woven = [t for piece, key in zip(pieces, passkeys, strict=False) for t in (piece, key)]
