@@ -48,11 +48,17 @@ __device__ void factorize(const float* gram, const float* scale, float* factor, 
         EACH_ROW best = left[r] < 0 ? best : max(best, (__float_as_int(left[r]) & ~127) | row);
         best = __reduce_max_sync(ALL, best);
         const int p = min(best & 127, DIM - 1);
-        const float pivot = fmaxf(__int_as_float(best & ~127), SMALLEST), inverse = rsqrtf(pivot);
+        float pivot = 0;
+        EACH_ROW pivot = r == p / 32 ? left[r] : pivot;
+        pivot = fmaxf(__shfl_sync(ALL, pivot, p % 32), SMALLEST);
+        const float inverse = rsqrtf(pivot);
         float* l = factor + step * DIM;
         if (p / COLUMNS == warp) {
             EACH_COLUMN if (p % COLUMNS == c) {
-                EACH_ROW if (row < DIM) l[row] = row == p ? pivot * inverse : left[r] < 0 ? 0.0f : a[c][r] * inverse;
+                EACH_ROW {
+                    const float most = sqrtf(fmaxf(left[r], 0.0f));  // more would be rounding: what is left would not be semidefinite
+                    if (row < DIM) l[row] = row == p ? pivot * inverse : fminf(fmaxf(a[c][r] * inverse, -most), most);
+                }
             }
         }
         __syncthreads();
