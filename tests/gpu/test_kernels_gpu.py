@@ -135,3 +135,15 @@ def test_many_short_heads(backend: str) -> None:
     """More heads than multiprocessors, some with windows: several of them share a CTA."""
     sets = [head_set(BALANCED, 128, (0, 1, 2), [6] * 40, [7] * 20 + [33] * 20, [192] * 40)]
     check(backend, [*sets, head_set(None, 128, (3,), [4] * 40, [0] * 40, [60] * 40, window=30)], 28)
+
+
+def test_large_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CUDA kernel takes more warps for many tiles; here for few ones."""
+    if why := backends.why_not("cuda", torch.device("cuda")):
+        pytest.skip(why)
+    monkeypatch.setattr("bitsandheads.ops.cuda_decode.MANY_TILES", 0)
+    check("cuda", [head_set(BALANCED, 64, (0, 1), [6, 5], [9, 3], [140, 1])], 14, dim=64)
+    window = head_set(None, 128, (1, 3), [4, 4], [0, 0], [60, 40], window=30)
+    check("cuda", [head_set(BALANCED, 128, (0, 2), [6, 6], [300, 44], [140, 17]), window], 16, 8)
+    window = head_set(None, 128, (3,), [4] * 40, [0] * 40, [60] * 40, window=30)
+    check("cuda", [head_set(BALANCED, 128, (0, 1, 2), [6] * 40, [7] * 20 + [33] * 20, [192] * 40), window], 28)

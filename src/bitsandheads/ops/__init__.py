@@ -78,10 +78,7 @@ def _dispatch(q: Tensor, sets: list[HeadSet], scale: float, hidden: Tensor | Non
         if len(sets) * q.shape[0] > cuda_decode.MAX_ENTRIES:
             return _in_parts(q, sets, scale, hidden, backend, cuda_decode.MAX_ENTRIES // len(sets))
         why = cuda_decode.unsupported(q, sets)
-        whole = backend == "auto" and all(s.tiles is None for s in sets) and why_not("triton", q.device) is None
-        if whole:  # without codes the Triton kernel is the faster one
-            chosen = "triton"
-        elif why is None or backend == "cuda":
+        if why is None or backend == "cuda":
             try:
                 return cuda_decode.decode_attention(q, sets, scale, hidden)
             except BackendError as e:
@@ -90,8 +87,7 @@ def _dispatch(q: Tensor, sets: list[HeadSet], scale: float, hidden: Tensor | Non
                 mark_failed("cuda", str(e))
         else:
             say_once(f"The cuda backend does not cover {why}; another backend takes over.")
-        if not whole:
-            chosen = "triton" if why_not("triton", q.device) is None else "reference"
+        chosen = "triton" if why_not("triton", q.device) is None else "reference"
     if chosen == "triton":
         from . import triton_decode
 

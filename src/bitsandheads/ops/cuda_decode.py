@@ -27,9 +27,15 @@ from .rotations import rotation_matrix
 log = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_name("decode_sm90.cu")
 MAX_SETS, MAX_HEADS, MAX_ENTRIES, ROWS = 4, 128, 256, 8  # as in the source
-HELPER_THREADS, PREPARE_ROWS = 256, 4  # as in the source
+MERGE_THREADS = 256  # as in the source
+MERGE_ROWS = 1, 4  # query rows of a CTA of merge_1, merge_4
+MANY_HEADS = 64  # of a launch, from which merge_4 is faster
 SHARED_LIMIT = 227 * 1024
-REGISTERS = 192, 255  # of a thread of attend: so that a CTA of the other kernels fits beside its CTA; for layouts that need more
+# Warps of a CTA of attend, stages of a warp's copies, registers of a thread
+MANY = 12, 2, 168  # reads fastest
+FEW = 8, 3, 176  # leaves room for merge beside it, which then starts early
+LARGER = (8, 3, 255), (8, 2, 255), (4, 3, 255), (4, 2, 255), (4, 1, 255)  # where the tiles of MANY do not fit
+MANY_TILES = 96  # for each multiprocessor: from here on MANY
 RUN = 8
 LOG2E = 1.4426950408889634
 
@@ -165,7 +171,7 @@ def _constants(layout: TileLayout | None) -> tuple[dict[str, Any], str]:
     """Macros and tables of a layout (None: whole precision only)."""
     if layout is None:
         flags = "".join(f"namespace {name} {{ {_basis_flags(None)} }}\n" for name in ("keys", "values"))
-        return {"HAS_TILES": 0, "TILE_BYTES": 0, "HEAD_BYTES": 0}, flags
+        return {"HAS_TILES": 0, "TILE_BYTES": 0}, flags
     keys, values = layout.keys, layout.values
     pairs, key_tables = _key_constants(keys)
     residual = keys.spec.transform != "principal" and keys.counts[1] > 0
@@ -178,18 +184,19 @@ def _constants(layout: TileLayout | None) -> tuple[dict[str, Any], str]:
         "QUERY_PEAK": f"{peak}f",
     }
     numbers |= {"CENTRE_RESIDUAL": int(residual), "TILE_BYTES": layout.nbytes, **pairs}
-    numbers["HEAD_BYTES"] = (pairs["K_PAIRS"] + pairs["K_CENTRES"] * (2 if residual else 1)) * 512 + 8 * ROWS
     return numbers, _namespace(keys, 0, key_tables) + "\n" + _namespace(values, keys.nbytes, _value_tables(values))
 
 
 def _fixed_shared_bytes(layout: TileLayout | None, dim: int, warps: int, stages: int) -> int:
     """At least the size of `Shared` in the source."""
-    decoded = 16
+    decoded = head = 16
     if layout is not None:
         keys, values = (half.groups * sum(half.counts) for half in (layout.keys, layout.values))
         decoded = 4 * values + (2 * keys if layout.keys.fmt == "fp8" else 0)
-    per_warp = ROWS * (dim + 4) * 4 + ROWS * 8 + decoded + stages * 8
-    return warps * per_warp + 4 * (6 * MAX_ENTRIES + 3) + 32
+        numbers = _constants(layout)[0]
+        head = 512 * (numbers["K_PAIRS"] + numbers["K_CENTRES"] * (1 + numbers["CENTRE_RESIDUAL"]))
+    per_warp = max(ROWS * (dim + 4) * 4, decoded) + ROWS * 8 + stages * 8
+    return head + warps * (per_warp + 32) + ROWS * 8 + 4 * (6 * MAX_ENTRIES + 3) + 32
 
 
 def _shared_bytes(layout: TileLayout | None, dim: int, warps: int, stages: int) -> int:
@@ -198,21 +205,20 @@ def _shared_bytes(layout: TileLayout | None, dim: int, warps: int, stages: int) 
 
 
 @lru_cache(maxsize=256)
-def _shape(layout: TileLayout | None) -> tuple[int, int]:
-    """Warps of a CTA of attend and stages of a warp's copies: as many as shared memory holds."""
+def _shape(layout: TileLayout | None, many: bool = True) -> tuple[int, int, int]:
+    """Warps of a CTA of attend, stages of a warp's copies, registers of a thread; `many`: tiles for a multiprocessor. Stages 0: nothing fits."""
     if layout is None:
-        return 8, 1
-    for warps, stages in ((8, 3), (8, 2), (4, 3), (4, 2), (4, 1)):
-        if _shared_bytes(layout, layout.keys.head_dim, warps, stages) <= SHARED_LIMIT:
-            return warps, stages
-    return 4, 0
+        return 8, 1, 255
+    fits = [shape for shape in (MANY, *LARGER) if _shared_bytes(layout, layout.keys.head_dim, *shape[:2]) <= SHARED_LIMIT]
+    shape = fits[0] if fits else (4, 0, 0)
+    return FEW if shape == MANY and not many else shape
 
 
 @lru_cache(maxsize=256)
-def source(layout: TileLayout | None, dim: int, dtype: torch.dtype, group: int, n_query: int) -> str:
+def source(layout: TileLayout | None, dim: int, dtype: torch.dtype, group: int, n_query: int, many: bool = True) -> str:
     """The kernels' source with the constants of `layout` (None: whole precision only) in front."""
     numbers, tables = _constants(layout)
-    warps, stages = _shape(layout)
+    warps, stages, registers = _shape(layout, many)
     fixed = {
         "HEAD_DIM": dim,
         "MODEL_FP16": int(dtype == torch.float16),
@@ -224,9 +230,9 @@ def source(layout: TileLayout | None, dim: int, dtype: torch.dtype, group: int, 
     fixed |= {
         "SHARED_BYTES": _fixed_shared_bytes(layout, dim, warps, stages),
         "PARAMS_BYTES": ctypes.sizeof(_Params),
-        "MAX_REGISTERS": REGISTERS[numbers["HEAD_BYTES"] > 8 * 512 + 8 * ROWS],
+        "MAX_REGISTERS": registers,
     }
-    defines = [f"#define {k} {v}" for k, v in (fixed | numbers).items() if k != "HEAD_BYTES"]
+    defines = [f"#define {k} {v}" for k, v in (fixed | numbers).items()]
     return "\n".join([*defines, tables, SOURCE.read_text()])
 
 
@@ -287,9 +293,8 @@ def cached_cubin(text: str, arch: str, folder: Path | None = None) -> bytes:
 class Kernels:
     """The loaded kernels of one layout and how they are launched."""
 
-    prepare: Any
     attend: Any
-    merge: Any
+    merge: tuple[Any, Any]  # by MERGE_ROWS
     ctas: int
     threads: int
     shared: int
@@ -304,23 +309,20 @@ def _check(result: tuple[Any, ...]) -> Any:
 
 
 @lru_cache(maxsize=128)
-def kernels(layout: TileLayout | None, dim: int, dtype: torch.dtype, group: int, n_query: int, device: torch.device) -> Kernels:
+def kernels(layout: TileLayout | None, dim: int, dtype: torch.dtype, group: int, n_query: int, many: bool, device: torch.device) -> Kernels:
     """Compile (or read) and load the kernels for one layout."""
     from cuda.bindings import driver
 
     properties = torch.cuda.get_device_properties(device)
-    cubin = cached_cubin(source(layout, dim, dtype, group, n_query), f"sm_{properties.major}{properties.minor}")
-    warps, stages = _shape(layout)
+    cubin = cached_cubin(source(layout, dim, dtype, group, n_query, many), f"sm_{properties.major}{properties.minor}")
+    warps, stages, _ = _shape(layout, many)
     shared = _shared_bytes(layout, dim, warps, stages)
     with torch.cuda.device(device):
         module = _check(driver.cuModuleLoadData(cubin))
-        prepare, attend, merge = (
-            None if layout is None and name == b"prepare" else _check(driver.cuModuleGetFunction(module, name))
-            for name in (b"prepare", b"attend", b"merge")
-        )
+        attend, *merge = (_check(driver.cuModuleGetFunction(module, name)) for name in (b"attend", b"merge_1", b"merge_4"))
         limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         _check(driver.cuFuncSetAttribute(attend, limit, shared))
-    return Kernels(prepare, attend, merge, properties.multi_processor_count, warps * 32, shared)
+    return Kernels(attend, (merge[0], merge[1]), properties.multi_processor_count, warps * 32, shared)
 
 
 # ------------------------------------------------------------------------------------------------------------- arguments (as in the source)
@@ -347,8 +349,8 @@ class _Params(ctypes.Structure):
         ("sets", _Set * MAX_SETS),
         ("q", _P), ("q_b", _L), ("q_h", _L), ("q_t", _L),
         ("out", _P), ("lse", _P), ("hidden", _P),
-        ("prepared", _P), ("partial", _P), ("stats", _P),
-        ("n_sets", _I), ("batch", _I), ("q_heads", _I), ("ctas", _I),
+        ("partial", _P), ("stats", _P), ("slots", _P),
+        ("n_sets", _I), ("batch", _I), ("q_heads", _I),
         ("scale_log2", ctypes.c_float), ("noise_log2", ctypes.c_float),
     ]  # fmt: skip
 
@@ -391,7 +393,7 @@ def _set(s: HeadSet, keep: list[Tensor]) -> _Set:
 
 
 def decode_attention(q: Tensor, sets: list[HeadSet], scale: float, hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """See ops.reference.decode_attention. Three launches for all sets that share a layout (sets without tiles join the first).
+    """See ops.reference.decode_attention. Two launches for all sets that share a layout (sets without tiles join the first).
 
     Raises:
         BackendError: the inputs are not covered (see `unsupported`), or the kernels cannot be compiled.
@@ -412,33 +414,35 @@ def _launch(
     q: Tensor, sets: list[HeadSet], layout: TileLayout | None, group: int, scale: float, hidden: Tensor | None, out: Tensor, lse: Tensor
 ) -> None:  # fmt: skip
     batch, q_heads, n_query, dim = q.shape
-    run = kernels(layout, dim, q.dtype, group, n_query, q.device)
+    blocks = -(-group * n_query // ROWS)
+    # the lengths are known to the device alone: by the tiles there is room for
+    room = sum(len(s.kv_heads) * s.tiles.shape[2] for s in sets if s.tiles is not None) * batch * blocks
+    many = layout is not None and room >= MANY_TILES * torch.cuda.get_device_properties(q.device).multi_processor_count
+    run = kernels(layout, dim, q.dtype, group, n_query, many, q.device)
     q = q if q.stride(-1) == 1 and not any(x % 8 for x in q.stride()[:-1]) else q.contiguous()
     keep: list[Tensor] = [q]
     p = _Params()
     for i, s in enumerate(sets):
         p.sets[i] = _set(s, keep)
-    heads = sum(len(s.kv_heads) for s in sets) * batch * -(-group * n_query // ROWS)
-    slots = run.ctas + heads
-    prepared, stats = heads * _constants(layout)[0]["HEAD_BYTES"], slots * 2 * ROWS * 8
-    scratch = torch.empty(prepared + stats + slots * 2 * ROWS * 4 * dim, dtype=torch.uint8, device=q.device)
-    p.prepared = scratch.data_ptr()
-    p.stats = p.prepared + prepared
-    p.partial = p.stats + stats
+    heads = sum(len(s.kv_heads) for s in sets) * batch * blocks
+    results = (run.ctas + heads) * 2 * ROWS
+    scratch = torch.empty(results * (4 * dim + 8) + heads * 8, dtype=torch.uint8, device=q.device)
+    p.partial = scratch.data_ptr()
+    p.stats = p.partial + results * 4 * dim
+    p.slots = p.stats + results * 8
     p.q, p.q_b, p.q_h, p.q_t = q.data_ptr(), *q.stride()[:3]
     p.out, p.lse = out.data_ptr(), lse.data_ptr()
     if hidden is not None:
         hidden = hidden.to(torch.int64).contiguous()
         p.hidden = hidden.data_ptr()
-    p.n_sets, p.batch, p.q_heads, p.ctas = len(sets), batch, q_heads, run.ctas
+    p.n_sets, p.batch, p.q_heads = len(sets), batch, q_heads
     p.scale_log2 = scale * LOG2E
     p.noise_log2 = 0.5 * layout.keys.spec.noise_correction * scale**2 * LOG2E if layout else 0.0
     arguments = (ctypes.c_void_p * 1)(ctypes.addressof(p))
     stream = torch.cuda.current_stream(q.device).cuda_stream
-    if layout is not None:
-        _start(run.prepare, heads * (ROWS // PREPARE_ROWS), HELPER_THREADS, 0, stream, arguments, early=False)
-    _start(run.attend, run.ctas, run.threads, run.shared, stream, arguments, early=layout is not None)
-    _start(run.merge, heads * ROWS, HELPER_THREADS, 0, stream, arguments, early=True)
+    together = heads >= MANY_HEADS
+    _start(run.attend, run.ctas, run.threads, run.shared, stream, arguments, early=False)
+    _start(run.merge[together], heads * (ROWS // MERGE_ROWS[together]), MERGE_THREADS, 0, stream, arguments, early=True)
 
 
 def _start(function: Any, grid: int, threads: int, shared: int, stream: int, arguments: Any, early: bool) -> None:

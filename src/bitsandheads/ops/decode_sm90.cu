@@ -1,9 +1,9 @@
 // Decode attention on packed bits, for Hopper GPUs. docs/kernels.md explains the ideas; quant/planes.py and quant/tile.py are the layout's only definition.
 //
-// Three kernels, each started while the one before still runs (programmatic dependent launch):
-//   prepare  rotates the queries of every KV head, scales them to fit fp16 and lays them out as the fragments that attend multiplies by;
-//   attend   runs over tiles and whole-precision tokens and writes partial results;
-//   merge    merges the partial results of a query row in a fixed order (reruns are bit-identical), rotates back and writes output and lse.
+// Two kernels; the second starts while the first still runs (programmatic dependent launch):
+//   attend   runs over tiles and whole-precision tokens and writes partial results; for each head it begins with packed tiles of, it rotates the queries, scales
+//            them to fit fp16 and lays them out as the fragments that it multiplies by;
+//   merge    merges the partial results of query rows in a fixed order (reruns are bit-identical), rotates back and writes output and lse.
 //
 // Work of attend is counted in *units*: one packed tile, or RAW_TOKENS whole-precision tokens. A *head* below is one (set, sequence, KV head, block of 8 query rows).
 // If it balances, every head has CTAs of its own; otherwise the units of all heads, whole-precision ones first in every head, form one line that is cut into
@@ -33,8 +33,7 @@ constexpr int RAW_TOKENS = HAS_TILES ? 16 : 32;               // whole-precision
 constexpr int SEPARATE_PARTS = 8;                             // CTAs of a head from which whole-precision and packed units get CTAs of their own
 constexpr int MIN_UNITS = 2;                                  // of a CTA, if there are as many
 constexpr int LEAD = 8;                                       // what a head costs a CTA beside its units, in units
-constexpr int HELPER_THREADS = 256, HELPER_WARPS = 8;         // of prepare and merge
-constexpr int PREPARE_ROWS = 4;                               // query rows of a CTA of prepare
+constexpr int MERGE_THREADS = 256, MERGE_WARPS = 8;
 constexpr int PAD = 4, ROW = D + PAD;                         // floats of a row in shared memory
 constexpr float NEVER = -1e30f, LN2 = 0.6931471805599453f;
 constexpr u32 ALL = 0xffffffffu;
@@ -62,10 +61,10 @@ struct Params {
   const u16* q; i64 q_b, q_h, q_t;
   u16* out; float* lse;      // [B, Hq, Q, D], [B, Hq, Q]
   const i64* hidden;         // [B, Q] or null
-  u8* prepared;              // [heads, HEAD_BYTES], of prepare
   float* partial;            // [slots, 2, ROWS, D], of attend
   float2* stats;             // [slots, 2, ROWS]: maximum (log2) and sum of a partial result
-  int n_sets, batch, q_heads, ctas;
+  int2* slots;               // [heads]: first slot of a head and number of slots
+  int n_sets, batch, q_heads;
   float scale_log2, noise_log2;   // scale of the scores times log2(e); what packed scores are raised by for each (query axis)^2 * noise
 };
 static_assert(sizeof(Params) == PARAMS_BYTES, "cuda_decode.py passes the same bytes");
@@ -106,6 +105,8 @@ __device__ __forceinline__ void bulk_copy(u32 dst, const void* src, u32 bytes, u
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
     :: "r"(dst), "l"(src), "r"(bytes), "r"(barrier) : "memory");
 }
+__device__ __forceinline__ void prefetch_line(const void* src) { asm volatile("prefetch.global.L2 [%0];" :: "l"(src)); }
+__device__ __forceinline__ void prefetch_l2(const void* src, u32 bytes) { asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" :: "l"(src), "r"(bytes) : "memory"); }
 __device__ __forceinline__ void wait_barrier(u32 barrier, u32 phase) {
   u32 done;
   do asm volatile("{\n .reg .pred p;\n mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n selp.u32 %0, 1, 0, p;\n}" : "=r"(done) : "r"(barrier), "r"(phase) : "memory");
@@ -168,7 +169,7 @@ __device__ __forceinline__ void make_plan(const Params& p, Plan& plan, int ctas,
     const int e = e0 + lane;
     int mine = 0, longer = 0;
     if (e < entries) {
-      const int own = plan.raw[e] + plan.tiles[e], parts = max(min((int)((i64)ctas * own / units), own / MIN_UNITS), 1);
+      const int own = plan.raw[e] + plan.tiles[e], parts = max(min((int)((u32)ctas * (u32)own / (u32)units), own / MIN_UNITS), 1);
       plan.parts[e] = parts;
       longer = divide_up(own, parts);
       mine = parts * p.sets[(u32)e / (u32)p.batch].heads * BLOCKS;
@@ -253,28 +254,63 @@ __device__ __forceinline__ const u16* query(const Params& p, const Head& head, i
 // ---- shared memory of attend ----------------------------------------------------------------------------------------------------------------
 #if HAS_TILES
 constexpr int HEAD_FRAGMENTS = (K_PAIRS + K_CENTRES * (CENTRE_RESIDUAL ? 2 : 1)) * 512;
-constexpr int HEAD_BYTES = HEAD_FRAGMENTS + 2 * ROWS * 4;     // fragments, row_scale [ROWS], constant [ROWS]
 constexpr int KEY_NUMBERS = GROUPS * (keys::N_STEPS + keys::N_CENTRES), VALUE_NUMBERS = GROUPS * (values::N_STEPS + values::N_CENTRES);
 constexpr int DECODED_BYTES = (META_FP8 ? KEY_NUMBERS * 2 : 0) + VALUE_NUMBERS * 4;
 #else
-constexpr int DECODED_BYTES = 16;
+constexpr int DECODED_BYTES = 16, HEAD_FRAGMENTS = 16;
 #endif
+// The tiles that a warp will read, over all segments of the CTA, in order: its copies run ahead of the arithmetic, across the segments' borders.
+struct Prefetch {
+  int pos, end, entry, tile, stop;
+  const u8* base;
+};
+union WarpShared {
+  float red[ROWS][ROW];               // the warp's partial result, at the end of a segment
+  __align__(16) u8 decoded[DECODED_BYTES];   // of the tile in work: steps and centres of the keys as fp16 (if they are fp8), of the values as float32
+};
 struct Shared {
-  float red[WARPS][ROWS][ROW];        // partial results of the warps
+  __align__(16) u8 head[HEAD_FRAGMENTS];   // the query of the head in work as operand B, weights of the slots folded in; for the centres as it is
+  WarpShared warp[WARPS];
   float max[WARPS][ROWS], sum[WARPS][ROWS];
-  __align__(16) u8 decoded[WARPS][DECODED_BYTES];   // of the tile in work: steps and centres of the keys as fp16 (if they are fp8), of the values as float32
+  float row_scale[ROWS], constant[ROWS];   // of the query rows: what undoes their scaling, times the scale of the scores; what is added to their scores
   unsigned long long barrier[WARPS * STAGES];
+  Prefetch next[WARPS];
   Plan plan;
 };
 static_assert(sizeof(Shared) <= SHARED_BYTES, "cuda_decode.py counts at least as many bytes");
 
 // ---- whole-precision tokens -----------------------------------------------------------------------------------------------------------------
+// Rows of 16 bytes that lie as [k][channel] as operand A, whose rows are channels: byte permutes transpose. rows[half][i]: 8 channels from half * 64 + i8 * 8 of k = 2 l4 + (i & 1) + 8 (i >> 1).
+constexpr int HALVES = D / 64;
+template <class Mma>
+__device__ __forceinline__ void multiply_transposed(const uint4 (&rows)[HALVES][4], Mma mma) {
+  #pragma unroll
+  for (int j = 0; j < D / 16; j++) {
+    const int jh = HALVES == 2 ? j : j + 4;
+    const u32 sel = j & 1 ? 0x7632 : 0x5410;
+    const u32 a0 = __byte_perm(word(rows[0][0], j >> 1), word(rows[0][1], j >> 1), sel), a1 = __byte_perm(word(rows[HALVES - 1][0], jh >> 1), word(rows[HALVES - 1][1], jh >> 1), sel);
+    const u32 a2 = __byte_perm(word(rows[0][2], j >> 1), word(rows[0][3], j >> 1), sel), a3 = __byte_perm(word(rows[HALVES - 1][2], jh >> 1), word(rows[HALVES - 1][3], jh >> 1), sel);
+    mma(j, a0, a1, a2, a3);
+  }
+}
+// acc[j]: channels i8 * 8 + j and (D = 128) + 64 or (D = 64) + 4 of the query rows 2 l4, 2 l4 + 1
+__device__ __forceinline__ void store_transposed(const float (&acc)[D / 16][4], WarpShared& to, int i8, int l4) {
+  #pragma unroll
+  for (int row = 0; row < 2; row++)
+    #pragma unroll
+    for (int half = 0; half < HALVES; half++)
+      #pragma unroll
+      for (int v = 0; v < 2; v++) {
+        const int j = HALVES == 2 ? 4 * v : 0, c = row + 2 * (HALVES == 2 ? half : v);
+        *(float4*)&to.red[2 * l4 + row][half * 64 + i8 * 8 + v * 4] = make_float4(acc[j][c], acc[j + 1][c], acc[j + 2][c], acc[j + 3][c]);
+      }
+}
+
 // A warp attends to 16 tokens of its unit at a time. Keys are operand A as they lie (8 channels of a lane are two k-chunks); values are transposed by byte permutes.
 __device__ __forceinline__ void attend_raw(const Params& p, const Segment& s, Shared& sm, int w, int lane) {
   const int i8 = lane >> 2, l4 = lane & 3;
   const SetParams& set = p.sets[s.head.set];
   const int b = s.head.b, h = s.head.h;
-  constexpr int HALVES = D / 64;
   u32 q[KV][4];
   int back0 = 0, back1 = 0;
   {
@@ -345,24 +381,14 @@ __device__ __forceinline__ void attend_raw(const Params& p, const Segment& s, Sh
       r0 = transpose8x8(pack_bf16(x[0] - bf16_low(p0), x[1] - bf16_high(p0)));
       r1 = transpose8x8(pack_bf16(x[2] - bf16_low(p1), x[3] - bf16_high(p1)));
     }
-    #pragma unroll
-    for (int j = 0; j < D / 16; j++) {                         // rows i8, i8 + 8 of A: channels raw_channel(j, 0), raw_channel(j, 1)
-      const int jh = HALVES == 2 ? j : j + 4;
-      const u32 sel = j & 1 ? 0x7632 : 0x5410;
-      const u32 a0 = __byte_perm(word(vv[0][0], j >> 1), word(vv[0][1], j >> 1), sel), a1 = __byte_perm(word(vv[HALVES - 1][0], jh >> 1), word(vv[HALVES - 1][1], jh >> 1), sel);
-      const u32 a2 = __byte_perm(word(vv[0][2], j >> 1), word(vv[0][3], j >> 1), sel), a3 = __byte_perm(word(vv[HALVES - 1][2], jh >> 1), word(vv[HALVES - 1][3], jh >> 1), sel);
-      mma_model(acc[j], a0, a1, a2, a3, b0, b1);
-      if (!MODEL_FP16) mma_model(acc[j], a0, a1, a2, a3, r0, r1);
-    }
+    multiply_transposed(vv, [&](int j, u32 x0, u32 x1, u32 x2, u32 x3) {
+      mma_model(acc[j], x0, x1, x2, x3, b0, b1);
+      if (!MODEL_FP16) mma_model(acc[j], x0, x1, x2, x3, r0, r1);
+    });
   }
   #pragma unroll
   for (int o = 4; o < 32; o <<= 1) { l0 += __shfl_xor_sync(ALL, l0, o); l1 += __shfl_xor_sync(ALL, l1, o); }
-  #pragma unroll
-  for (int j = 0; j < D / 16; j++) {
-    const int c0 = i8 * 8 + j, c1 = HALVES == 2 ? c0 + 64 : c0 + 4;
-    sm.red[w][l4 * 2][c0] = acc[j][0]; sm.red[w][l4 * 2 + 1][c0] = acc[j][1];
-    sm.red[w][l4 * 2][c1] = acc[j][2]; sm.red[w][l4 * 2 + 1][c1] = acc[j][3];
-  }
+  store_transposed(acc, sm.warp[w], i8, l4);
   if (i8 == 0) { sm.max[w][l4 * 2] = m0; sm.max[w][l4 * 2 + 1] = m1; sm.sum[w][l4 * 2] = l0; sm.sum[w][l4 * 2 + 1] = l1; }
 }
 
@@ -438,29 +464,132 @@ __device__ __forceinline__ void decode_metadata(u32 tile, u32 decoded, int lane)
   __syncwarp();
 }
 
+// The queries of a head, rotated, as fragments in shared memory: all warps. Its own loads go first, then those that `meanwhile` starts. A row is scaled so that its largest entry is QUERY_PEAK: times the weight of a slot and the
+// largest step it fits fp16. The constant (q . mean, correction for noise) is added to the maximum of the packed part.
+template <class Start>
+__device__ __forceinline__ void prepare_head(const Params& p, const Segment& s, Shared& sm, int w, int lane, Start meanwhile) {
+  constexpr int CHUNKS = D / 16, PRODUCTS = WARPS < CHUNKS ? WARPS : CHUNKS, WARP_ROWS = (ROWS + WARPS - 1) / WARPS;   // a warp: 16 channels of all rows, then rows
+  const int i8 = lane >> 2, l4 = lane & 3;
+  const SetParams& set = p.sets[s.head.set];
+  const Rotation& rot = set.key;
+  const i64 channels = ((i64)s.head.b * set.heads + s.head.h) * D;
+  const auto query_at = [&](const u16* from, bool ok, int channel) -> u32 { return ok ? from[keys::ORDER ? rot.order[channels + channel] : channel] : 0; };
+  u32 q[WARP_ROWS][KV];
+  float mean[KV], noise[KV];
+  if (w < ROWS) {                                             // in flight together with the matrix
+    #pragma unroll
+    for (int r = 0; r < WARP_ROWS; r++) {
+      int head, token;
+      const bool ok = query_row(p, s.head, w + r * WARPS, head, token);
+      #pragma unroll
+      for (int i = 0; i < KV; i++) q[r][i] = query_at(query(p, s.head, head, token), ok, lane + 32 * i);
+    }
+    #pragma unroll
+    for (int i = 0; i < KV; i++) {
+      mean[i] = keys::MEAN ? rot.mean[channels + lane + 32 * i] : 0.f;
+      noise[i] = keys::NOISE ? rot.noise[channels + lane + 32 * i] : 0.f;
+    }
+  }
+  if (!keys::MATRIX || w >= CHUNKS) meanwhile();
+  else {
+    float y[D / 16][4];
+    #pragma unroll
+    for (int j = 0; j < D / 16; j++) y[j][0] = y[j][1] = y[j][2] = y[j][3] = 0.f;
+    int head, token;
+    const bool ok = query_row(p, s.head, i8, head, token);
+    const u16* from = query(p, s.head, head, token);
+    #pragma unroll 1
+    for (int chunk = w; chunk < CHUNKS; chunk += WARPS)
+      #pragma unroll
+      for (int pass = 0; pass < (keys::RESIDUAL ? 2 : 1); pass++) {
+        const u16* matrix = (pass ? rot.residual : rot.matrix) + s.head.b * rot.stride_b + s.head.h * rot.stride_h;
+        uint4 rows[HALVES][4];
+        #pragma unroll
+        for (int half = 0; half < HALVES; half++)
+          #pragma unroll
+          for (int i = 0; i < 4; i++) rows[half][i] = ldg128(matrix + (chunk * 16 + l4 * 2 + (i & 1) + (i >> 1) * 8) * D + half * 64 + i8 * 8);
+        u32 high[2], low[2];                                  // bf16 queries are exact, fp16 ones as two bf16 numbers
+        #pragma unroll
+        for (int i = 0; i < 2; i++) {
+          const int c = chunk * 16 + l4 * 2 + i * 8;
+          const u32 x = query_at(from, ok, c), x1 = query_at(from, ok, c + 1);
+          high[i] = x | x1 << 16;
+          if (MODEL_FP16) {
+            const float f = fp16_to_float(x), f1 = fp16_to_float(x1);
+            high[i] = pack_bf16(f, f1);
+            low[i] = pack_bf16(f - bf16_low(high[i]), f1 - bf16_high(high[i]));
+          }
+        }
+        if (chunk == w && pass == 0) meanwhile();
+        multiply_transposed(rows, [&](int j, u32 a0, u32 a1, u32 a2, u32 a3) {
+          mma_bf16(y[j], a0, a1, a2, a3, high[0], high[1]);
+          if (MODEL_FP16) mma_bf16(y[j], a0, a1, a2, a3, low[0], low[1]);
+        });
+      }
+    store_transposed(y, sm.warp[w], i8, l4);
+  }
+  __syncthreads();
+  #pragma unroll
+  for (int r = 0; r < WARP_ROWS; r++) {
+    const int row = w + r * WARPS;
+    if (row >= ROWS) break;
+    float y[KV], biggest = 0.f, raised = 0.f, constant = 0.f;
+    #pragma unroll
+    for (int i = 0; i < KV; i++) {
+      const float x = model_to_float((u16)q[r][i]);
+      y[i] = keys::MATRIX ? 0.f : x;
+      #pragma unroll
+      for (int k = 0; k < PRODUCTS && keys::MATRIX; k++) y[i] += sm.warp[k].red[row][lane + 32 * i];
+      biggest = fmaxf(biggest, fabsf(y[i]));
+      raised = fmaf(y[i] * y[i], noise[i], raised);
+      constant = fmaf(x, mean[i], constant);
+    }
+    #pragma unroll
+    for (int o = 16; o; o >>= 1) {
+      biggest = fmaxf(biggest, __shfl_xor_sync(ALL, biggest, o));
+      raised += __shfl_xor_sync(ALL, raised, o);
+      constant += __shfl_xor_sync(ALL, constant, o);
+    }
+    const float inverse = biggest > 0.f ? QUERY_PEAK / biggest : 0.f;
+    #pragma unroll
+    for (int i = 0; i < KV; i++) sm.warp[0].red[row][lane + 32 * i] = y[i] * inverse;   // no other thread has read this place
+    if (lane == 0) {
+      sm.row_scale[row] = biggest / QUERY_PEAK * p.scale_log2;
+      sm.constant[row] = constant * p.scale_log2 + raised * p.noise_log2;
+    }
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < (K_PAIRS + K_CENTRES) * 32; i += THREADS) {   // 8 slots of a row
+    const int item = i / 32;
+    const float* from = &sm.warp[0].red[lane / 4][keys::axis[item * 4 + l4]];
+    const float weight = keys::weight[item * 4 + l4];
+    u32 high[4], low[4];
+    #pragma unroll
+    for (int k = 0; k < 4; k++) {
+      const float x = from[2 * k] * weight, y = from[2 * k + 1] * weight;
+      high[k] = pack_fp16(x, y);
+      low[k] = pack_fp16(x - fp16_to_float(high[k]), y - fp16_to_float(high[k] >> 16));
+    }
+    uint4* to = (uint4*)sm.head + i;
+    *to = make_uint4(high[0], high[1], high[2], high[3]);
+    if (CENTRE_RESIDUAL && item >= K_PAIRS) to[K_CENTRES * 32] = make_uint4(low[0], low[1], low[2], low[3]);
+  }
+  __syncthreads();
+}
+
 struct Packed {                       // a warp's state over the packed tiles of a segment
   float m0, m1, l0, l1;               // lane's query rows 2 l4, 2 l4 + 1: maximum (log2) and sum
   bool first;
   float acc[D / 8][2];                // [run of 8 axes][row]: axis 8 run + i8
-  u32 q[K_PAIRS][4];                  // query slots as operand B, weights of the slots folded in
-  u32 qc[K_CENTRES ? K_CENTRES : 1][4], qr[K_CENTRES && CENTRE_RESIDUAL ? K_CENTRES : 1][4];   // query axes of the centres, and what fp16 lost of them
+  u32 head;                           // the lane's part of the query's fragments in shared memory
   float s0, s1;                       // what undoes the scaling of the rows, times the scale of the scores
   u32 reads[K_PAIRS];                 // of the lane: byte offset of its words in a tile, number of its step << 16
 };
 
-__device__ __forceinline__ void load_head(const Params& p, int number, Packed& st, int lane) {
+__device__ __forceinline__ void start_head(const Shared& sm, Packed& st, int lane) {
   const int i8 = lane >> 2, l4 = lane & 3, row = ((i8 >> 1) << 2) + (i8 & 1);
-  const uint4* from = (const uint4*)(p.prepared + (i64)number * HEAD_BYTES) + lane;
-  const auto load = [&](int item, u32* to) { const uint4 v = __ldcg(from + item * 32); to[0] = v.x; to[1] = v.y; to[2] = v.z; to[3] = v.w; };
-  #pragma unroll
-  for (int pair = 0; pair < K_PAIRS; pair++) load(pair, st.q[pair]);
-  #pragma unroll
-  for (int c = 0; c < K_CENTRES; c++) {
-    load(K_PAIRS + c, st.qc[c]);
-    if (CENTRE_RESIDUAL) load(K_PAIRS + K_CENTRES + c, st.qr[c]);
-  }
-  const float2 scale = __ldcg((const float2*)(p.prepared + (i64)number * HEAD_BYTES + HEAD_FRAGMENTS) + l4);
-  st.s0 = scale.x; st.s1 = scale.y;
+  st.head = (u32)__cvta_generic_to_shared(sm.head) + lane * 16;
+  st.s0 = sm.row_scale[2 * l4]; st.s1 = sm.row_scale[2 * l4 + 1];
   #pragma unroll
   for (int block = 0; block < K_BLOCKS; block++)
     #pragma unroll
@@ -493,9 +622,9 @@ __device__ __forceinline__ void tile_scores(const Packed& st, u32 tile, u32 deco
       #pragma unroll
       for (int e = 0; e < plane_slots(block); e++) {
         const int pair = pair_index(block, e);
-        const uint4 step = lds128(steps + g * keys::N_STEPS * 2 + (st.reads[pair] >> 16) * 2);
+        const uint4 q = lds128(st.head + pair * 512), step = lds128(steps + g * keys::N_STEPS * 2 + (st.reads[pair] >> 16) * 2);
         #pragma unroll
-        for (int i = 0; i < 4; i++) qs[pair][i] = mul_fp16x2(st.q[pair][i], word(step, i));
+        for (int i = 0; i < 4; i++) qs[pair][i] = mul_fp16x2(word(q, i), word(step, i));
         #pragma unroll
         for (int j = 0; j < 2; j++) mma_fp16(sums[is_two(block)][e], ONES, ONES, ONES, ONES, qs[pair][2 * j], qs[pair][2 * j + 1]);
       }
@@ -510,11 +639,11 @@ __device__ __forceinline__ void tile_scores(const Packed& st, u32 tile, u32 deco
       const int run = min(c * 4 + l4, keys::N_CENTRES / 8 - 1);   // the query is zero beyond the last
       const uint4 x = lds128(centres + (g * keys::N_CENTRES + run * 8) * 2);
       // rows i8 of A are the words x, z, rows i8 + 8 are y, w: no copies; each MMA gives one of the two
-      mma_fp16(centre[0], x.x, x.y, x.z, x.w, st.qc[c][0], st.qc[c][2]);
-      mma_fp16(centre[1], x.x, x.y, x.z, x.w, st.qc[c][1], st.qc[c][3]);
-      if (CENTRE_RESIDUAL) {
-        mma_fp16(centre[0], x.x, x.y, x.z, x.w, st.qr[c][0], st.qr[c][2]);
-        mma_fp16(centre[1], x.x, x.y, x.z, x.w, st.qr[c][1], st.qr[c][3]);
+      #pragma unroll
+      for (int part = 0; part < (CENTRE_RESIDUAL ? 2 : 1); part++) {
+        const uint4 q = lds128(st.head + (K_PAIRS + part * K_CENTRES + c) * 512);
+        mma_fp16(centre[0], x.x, x.y, x.z, x.w, q.x, q.z);
+        mma_fp16(centre[1], x.x, x.y, x.z, x.w, q.y, q.w);
       }
     }
     #pragma unroll
@@ -709,8 +838,8 @@ __device__ __forceinline__ void store_state(const Packed& st, Shared& sm, int w,
   const int i8 = lane >> 2, l4 = lane & 3;
   #pragma unroll
   for (int axis = 0; axis < D / 8; axis++) {
-    sm.red[w][l4 * 2][axis * 8 + i8] = st.acc[axis][0];
-    sm.red[w][l4 * 2 + 1][axis * 8 + i8] = st.acc[axis][1];
+    sm.warp[w].red[l4 * 2][axis * 8 + i8] = st.acc[axis][0];
+    sm.warp[w].red[l4 * 2 + 1][axis * 8 + i8] = st.acc[axis][1];
   }
   if (i8 == 0) {
     sm.max[w][l4 * 2] = st.first ? NEVER : st.m0 + P_SHIFT; sm.max[w][l4 * 2 + 1] = st.first ? NEVER : st.m1 + P_SHIFT;
@@ -723,20 +852,16 @@ __device__ __forceinline__ int first_tile(const Segment& s, int w) {
   const int before = max(min(s.end, s.raw) - s.begin, 0);
   return max(s.begin, s.raw) - s.raw + (w + WARPS - before % WARPS) % WARPS;
 }
-// The tiles that a warp will read, over all segments of the CTA, in order: its copies run ahead of the arithmetic, across the segments' borders.
-struct Prefetch {
-  int pos, end, entry, tile, stop;
-  const u8* base;
-};
+__device__ __forceinline__ Prefetch prefetch_from(const Params& p, const Segment& s, int w, int pos, int end) {
+  const SetParams& set = p.sets[s.head.set];
+  return {pos + s.length, end, s.entry, first_tile(s, w), s.end - s.raw, set.tiles + s.head.b * set.tiles_b + s.head.h * set.tiles_h};
+}
 __device__ __forceinline__ void fetch(const Params& p, const Plan& plan, Prefetch& f, int w, u32 stage, u32 barrier) {
   while (f.tile >= f.stop && f.pos < f.end) {                 // move on to a segment with a tile for this warp
     const Segment s = locate(p, plan, f.pos, f.end, f.entry);
-    const SetParams& set = p.sets[s.head.set];
-    f.entry = s.entry;
-    f.pos += s.length;
-    f.base = set.tiles + s.head.b * set.tiles_b + s.head.h * set.tiles_h;
-    f.tile = first_tile(s, w);
-    f.stop = s.end - s.raw;
+    f = prefetch_from(p, s, w, f.pos, f.end);
+    const Rotation& rot = p.sets[s.head.set].key;
+    if (keys::MATRIX && w == 0 && f.stop > 0) prefetch_l2(rot.matrix + s.head.b * rot.stride_b + s.head.h * rot.stride_h, D * D * 2);
   }
   if (f.tile < f.stop) {
     bulk_copy(stage, f.base + (i64)f.tile * TILE_BYTES, TILE_BYTES, barrier);
@@ -754,7 +879,7 @@ __device__ __forceinline__ void prefetch_raw(const Params& p, const Segment& s) 
     const int t0 = (in_sink ? unit : unit - sink_blocks) * RAW_TOKENS, count = in_sink ? sink : tail;
     const u16* base = (in_sink ? (is_value ? set.sink_v : set.sink_k) : (is_value ? set.tail_v : set.tail_k))
       + s.head.b * (in_sink ? set.sink_b : set.tail_b) + s.head.h * (in_sink ? set.sink_h : set.tail_h);
-    if (t0 + line * 64 / D < count) asm volatile("prefetch.global.L2 [%0];" :: "l"(base + (i64)t0 * D + line * 64));
+    if (t0 + line * 64 / D < count) prefetch_line(base + (i64)t0 * D + line * 64);
   }
 }
 #endif
@@ -777,16 +902,14 @@ __device__ __forceinline__ void write_partial(const Params& p, const Segment& s,
     for (int k = 0; k < WARPS; k++) {
       const float e = sm.max[k][row] > 0.5f * NEVER ? exp2_approx(sm.max[k][row] - m) : 0.f;
       sum = fmaf(e, sm.sum[k][row], sum);
-      const float* from = &sm.red[k][row][lane * LANE_FLOATS];
+      const float* from = &sm.warp[k].red[row][lane * LANE_FLOATS];
       #pragma unroll
       for (int i = 0; i < LANE_FLOATS; i++) o[i] = fmaf(e, from[i], o[i]);
     }
     const int to_row = partial_row(blockIdx.x + s.head.number, kind, row);
     float* to = p.partial + (i64)to_row * D + lane * LANE_FLOATS;
     if (LANE_FLOATS == 4) *(float4*)to = make_float4(o[0], o[1], o[LANE_FLOATS - 2], o[LANE_FLOATS - 1]); else *(float2*)to = make_float2(o[0], o[1]);
-#if HAS_TILES
-    if (kind == PACKED && m > 0.5f * NEVER) m += __ldcg((const float*)(p.prepared + (i64)s.head.number * HEAD_BYTES + HEAD_FRAGMENTS) + ROWS + row);   // the constant
-#endif
+    if (kind == PACKED && m > 0.5f * NEVER) m += sm.constant[row];
     if (lane == 0) p.stats[to_row] = make_float2(sum > 0.f ? m : NEVER, sum);
   }
   __syncthreads();
@@ -799,7 +922,7 @@ extern "C" __global__ void __maxnreg__(MAX_REGISTERS) attend(const __grid_consta
   start_next_kernel();
 #if HAS_TILES
   const u32 stages = (u32)__cvta_generic_to_shared(memory) + w * STAGES * TILE_BYTES, barriers = (u32)__cvta_generic_to_shared(sm.barrier) + w * STAGES * 8;
-  const u32 decoded = (u32)__cvta_generic_to_shared(sm.decoded[w]);
+  const u32 decoded = (u32)__cvta_generic_to_shared(sm.warp[w].decoded);
   if (lane == 0) {
     #pragma unroll
     for (int i = 0; i < STAGES; i++) asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" :: "r"(barriers + i * 8) : "memory");
@@ -830,27 +953,32 @@ extern "C" __global__ void __maxnreg__(MAX_REGISTERS) attend(const __grid_consta
   if (pos >= end) return;
   Segment s = locate(p, plan, pos, end, entry);
 #if HAS_TILES
-  prefetch_raw(p, s);
-  Prefetch next = {pos, end, entry, 0, 0, nullptr};
+  Prefetch& next = sm.next[w];                                // of lane 0
+  if (lane == 0) next = prefetch_from(p, s, w, pos, end);
   int stage = 0, phase = 0;
-  #pragma unroll 1
-  for (int i = 0; i < STAGES && lane == 0; i++) fetch(p, plan, next, w, stages + i * TILE_BYTES, barriers + i * 8);
-  __syncwarp();
-  wait_for_previous_kernel();
+  bool started = false;
+  const auto start_copies = [&] {
+    #pragma unroll 1
+    for (int i = 0; i < STAGES && lane == 0 && !started; i++) fetch(p, plan, next, w, stages + i * TILE_BYTES, barriers + i * 8);
+    started = true;
+    __syncwarp();
+  };
 #endif
   for (;;) {
     if (s.end > 0) {
+      if (s.begin == 0 && threadIdx.x == 0) {                 // the head begins here: tell merge where its partial results are
+        int first, count;
+        ctas_of(plan, s.entry, s.head.h * BLOCKS + s.head.block, first, count);
+        p.slots[s.head.number] = make_int2(first + s.head.number, count);
+      }
       const bool raw = s.begin < s.raw, packed = HAS_TILES && s.end > s.raw;
       if (threadIdx.x < 2 * ROWS && !(threadIdx.x < ROWS ? raw : packed))
         p.stats[partial_row(cta + s.head.number, threadIdx.x / ROWS, threadIdx.x % ROWS)] = make_float2(NEVER, 0.f);   // there is none
-      if (raw) {
-        attend_raw(p, s, sm, w, lane);
-        write_partial(p, s, RAW, sm, w, lane);
-      }
 #if HAS_TILES
       if (packed) {
+        prepare_head(p, s, sm, w, lane, [&] { start_copies(); prefetch_raw(p, s); });
         Packed state;
-        load_head(p, s.head.number, state, lane);
+        start_head(sm, state, lane);
         for (int tile = first_tile(s, w); tile < s.end - s.raw; tile += WARPS) {
           wait_barrier(barriers + stage * 8, phase);
           attend_tile(state, stages + stage * TILE_BYTES, decoded, lane);
@@ -860,128 +988,34 @@ extern "C" __global__ void __maxnreg__(MAX_REGISTERS) attend(const __grid_consta
         }
         store_state(state, sm, w, lane);
         write_partial(p, s, PACKED, sm, w, lane);
-      }
+      } else start_copies();
 #endif
+      if (raw) {
+        attend_raw(p, s, sm, w, lane);
+        write_partial(p, s, RAW, sm, w, lane);
+      }
     }
     pos += s.length;
     if (pos >= end) break;
     s = locate(p, plan, pos, end, s.entry);
-#if HAS_TILES
-    prefetch_raw(p, s);
-#endif
   }
 }
-
-#if HAS_TILES
-// ---- queries --------------------------------------------------------------------------------------------------------------------------------
-// Rotated queries of PREPARE_ROWS rows of a head, as fragments; a row is scaled so that its largest entry is QUERY_PEAK: times the weight of a slot and the
-// largest step it fits fp16. row_scale undoes that; the constant (q . mean, correction for noise) is added to the maximum of the packed part.
-extern "C" __global__ void __launch_bounds__(HELPER_THREADS) prepare(const __grid_constant__ Params p) {
-  constexpr int PAIRS = D / 2, PARTS = HELPER_THREADS / PAIRS, CHANNELS = D / PARTS;   // a thread: two axes, CHANNELS channels
-  __shared__ float q[PREPARE_ROWS][D], products[PARTS][PREPARE_ROWS][D];
-  start_next_kernel();
-  const int w = threadIdx.x >> 5, lane = threadIdx.x & 31, part = threadIdx.x / PAIRS, axis = threadIdx.x % PAIRS * 2;
-  constexpr int SPLIT = ROWS / PREPARE_ROWS;
-  const int row0 = blockIdx.x % SPLIT * PREPARE_ROWS;
-  const Head head = head_of(p, blockIdx.x / SPLIT);
-  const SetParams& set = p.sets[head.set];
-  if (!set.tiles) return;
-  const Rotation& rot = set.key;
-  const i64 channels = ((i64)head.b * set.heads + head.h) * D, matrix = head.b * rot.stride_b + head.h * rot.stride_h + part * CHANNELS * D + axis;
-  u32 m[CHANNELS];
-  if (keys::MATRIX) {
-    #pragma unroll
-    for (int c = 0; c < CHANNELS; c++) m[c] = __ldg((const u32*)(rot.matrix + matrix + c * D));
-  }
-  int q_head, token;
-  for (int i = threadIdx.x; i < PREPARE_ROWS * D; i += HELPER_THREADS) {
-    const int row = i / D, c = i % D;
-    q[row][c] = query_row(p, head, row0 + row, q_head, token) ? model_to_float(query(p, head, q_head, token)[keys::ORDER ? rot.order[channels + c] : c]) : 0.f;
-  }
-  __syncthreads();
-  if (keys::MATRIX) {
-    float y[PREPARE_ROWS][2];
-    #pragma unroll
-    for (int row = 0; row < PREPARE_ROWS; row++) y[row][0] = y[row][1] = 0.f;
-    #pragma unroll
-    for (int pass = 0; pass < (keys::RESIDUAL ? 2 : 1); pass++) {
-      if (pass == 1) {
-        #pragma unroll
-        for (int c = 0; c < CHANNELS; c++) m[c] = __ldg((const u32*)(rot.residual + matrix + c * D));
-      }
-      #pragma unroll
-      for (int c = 0; c < CHANNELS; c++)
-        #pragma unroll
-        for (int row = 0; row < PREPARE_ROWS; row++) {
-          const float x = q[row][part * CHANNELS + c];
-          y[row][0] = fmaf(x, bf16_low(m[c]), y[row][0]);
-          y[row][1] = fmaf(x, bf16_high(m[c]), y[row][1]);
-        }
-    }
-    #pragma unroll
-    for (int row = 0; row < PREPARE_ROWS; row++) *(float2*)&products[part][row][axis] = make_float2(y[row][0], y[row][1]);
-    __syncthreads();
-  }
-  u8* to = p.prepared + (i64)head.number * HEAD_BYTES;
-  if (w < PREPARE_ROWS) {
-    float y[D / 32], biggest = 0.f, raised = 0.f, constant = 0.f;
-    #pragma unroll
-    for (int i = 0; i < D / 32; i++) {
-      const int a = lane + 32 * i;
-      y[i] = 0.f;
-      if (keys::MATRIX) {
-        #pragma unroll
-        for (int k = 0; k < PARTS; k++) y[i] += products[k][w][a];
-      } else y[i] = q[w][a];
-      biggest = fmaxf(biggest, fabsf(y[i]));
-      if (keys::NOISE) raised = fmaf(y[i] * y[i], rot.noise[channels + a], raised);
-      if (keys::MEAN) constant = fmaf(q[w][a], rot.mean[channels + a], constant);
-    }
-    #pragma unroll
-    for (int o = 16; o; o >>= 1) {
-      biggest = fmaxf(biggest, __shfl_xor_sync(ALL, biggest, o));
-      raised += __shfl_xor_sync(ALL, raised, o);
-      constant += __shfl_xor_sync(ALL, constant, o);
-    }
-    const float inverse = biggest > 0.f ? QUERY_PEAK / biggest : 0.f;
-    #pragma unroll
-    for (int i = 0; i < D / 32; i++) q[w][lane + 32 * i] = y[i] * inverse;
-    if (lane == 0) {
-      ((float*)(to + HEAD_FRAGMENTS))[row0 + w] = biggest / QUERY_PEAK * p.scale_log2;
-      ((float*)(to + HEAD_FRAGMENTS))[ROWS + row0 + w] = constant * p.scale_log2 + raised * p.noise_log2;
-    }
-  }
-  __syncthreads();
-  for (int i = threadIdx.x; i < (K_PAIRS + K_CENTRES) * 4 * PREPARE_ROWS; i += HELPER_THREADS) {   // 8 slots of a row
-    const int l4 = i % 4, row = i / 4 % PREPARE_ROWS, item = i / (4 * PREPARE_ROWS);
-    const float* from = &q[row][keys::axis[item * 4 + l4]];
-    const float weight = keys::weight[item * 4 + l4];
-    u32 high[4], low[4];
-    #pragma unroll
-    for (int k = 0; k < 4; k++) {
-      const float x = from[2 * k] * weight, y = from[2 * k + 1] * weight;
-      high[k] = pack_fp16(x, y);
-      low[k] = pack_fp16(x - fp16_to_float(high[k]), y - fp16_to_float(high[k] >> 16));
-    }
-    uint4* place = (uint4*)to + item * 32 + (row0 + row) * 4 + l4;
-    *place = make_uint4(high[0], high[1], high[2], high[3]);
-    if (CENTRE_RESIDUAL && item >= K_PAIRS) place[K_CENTRES * 32] = make_uint4(low[0], low[1], low[2], low[3]);
-  }
-}
-#endif
 
 // ---- merging --------------------------------------------------------------------------------------------------------------------------------
-// One query row: merge its partial results, rotate the packed part back, write output and lse.
-extern "C" __global__ void __launch_bounds__(HELPER_THREADS, 4) merge(const __grid_constant__ Params p) {
-  constexpr int FLIGHT = 2;                                   // slots that a warp loads at once
-  __shared__ Plan plan;
-  __shared__ __align__(16) float sums[HELPER_WARPS][2][128];  // by channel: the whole-precision part; by axis: the packed part
-  __shared__ float stats[HELPER_WARPS][3];                    // maximum (log2), sums of both parts
-  __shared__ __align__(16) u16 high[D], low[D];               // the packed part, as two bf16 numbers
-  const int w = threadIdx.x >> 5, lane = threadIdx.x & 31, i8 = lane >> 2, l4 = lane & 3, row = blockIdx.x % ROWS;
-  const Head head = head_of(p, blockIdx.x / ROWS);
+// R query rows of a head: merge their partial results, rotate the packed part back, write output and lse. With many heads R = 4 reads a head's matrix a quarter as often and
+// fills the MMA (the rows' high and low halves are its 8 columns); with few heads R = 1 spreads the partial results over more CTAs.
+template <int R>
+__device__ __forceinline__ void merge_rows(const Params& p) {
+  constexpr int FLIGHT = 4;                                   // partial results that a warp loads at once
+  constexpr int TEAM = MERGE_WARPS / R;                      // warps of a row
+  constexpr int HALF_ROW = D + 8;                             // bf16 numbers of a row of `halves`: no bank conflicts
+  __shared__ __align__(16) float sums[MERGE_WARPS][2][128];  // by channel: the whole-precision part; by axis: the packed part
+  __shared__ float stats[MERGE_WARPS][3];                    // maximum (log2), sums of both parts
+  __shared__ __align__(16) u16 halves[2 * R][HALF_ROW];       // the packed part of every row as two bf16 numbers, high and low
+  const int w = threadIdx.x >> 5, lane = threadIdx.x & 31, i8 = lane >> 2, l4 = lane & 3, row0 = blockIdx.x % (ROWS / R) * R;
+  const Head head = head_of(p, blockIdx.x / (ROWS / R));
   int q_head, token;
-  if (!query_row(p, head, row, q_head, token)) return;
+  if (!query_row(p, head, row0, q_head, token)) return;       // nor is there any after it
   const SetParams& set = p.sets[head.set];
   const i64 channels = ((i64)head.b * set.heads + head.h) * D;
   const Rotation& rot = set.value;
@@ -993,44 +1027,51 @@ extern "C" __global__ void __launch_bounds__(HELPER_THREADS, 4) merge(const __gr
     #pragma unroll
     for (int c = 0; c < KV; c++) { a[c][0] = ldg128(from + c * 32); a[c][1] = ldg128(from + 8 * D + c * 32); }
   };
-  if (turns) load(rot.matrix);
-  if (w == 0) make_plan(p, plan, p.ctas, lane);
-  __syncthreads();
-  int first, count;
-  ctas_of(plan, head.set * p.batch + head.b, head.h * BLOCKS + head.block, first, count);
-  first += head.number;                                       // its slots
+  float mean[2] = {0.f, 0.f};
+  if (turns) {
+    load(rot.matrix);
+    if (values::MEAN) { mean[0] = rot.mean[channels + channel]; mean[1] = rot.mean[channels + channel + 8]; }
+  }
   wait_for_previous_kernel();
+  const int2 slots = __ldcg(p.slots + head.number);
+  const int first = slots.x, count = slots.y, row = row0 + w / TEAM;   // row: of the warp; one that is not there has partial results too, of zeros
   float m = NEVER, mass[2] = {0.f, 0.f};
   float4 sum[2] = {make_float4(0.f, 0.f, 0.f, 0.f), make_float4(0.f, 0.f, 0.f, 0.f)};
   #pragma unroll 1
-  for (int j0 = w; j0 < count; j0 += HELPER_WARPS * FLIGHT) {
-    float4 v[FLIGHT][2];
-    float2 stat[FLIGHT][2];
-    float top = m;
+  for (int i0 = w % TEAM; i0 < 2 * count; i0 += 32 * TEAM) {  // a lane: one partial result, of whole-precision tokens first; those that are there are then added in order
+    const int i = i0 + lane * TEAM, kind = i >= count, from = partial_row(first + i - kind * count, kind, row);
+    const float2 stat = i < 2 * count ? __ldcg(p.stats + from) : make_float2(NEVER, 0.f);
+    float top = fmaxf(m, stat.x);
     #pragma unroll
-    for (int k = 0; k < FLIGHT; k++)
-      #pragma unroll
-      for (int kind = 0; kind < 2; kind++) {
-        const int j = j0 + k * HELPER_WARPS, from = partial_row(first + j, kind, row);
-        stat[k][kind] = j < count ? __ldcg(p.stats + from) : make_float2(NEVER, 0.f);
-        v[k][kind] = j < count && lane * 4 < D ? __ldcg((const float4*)(p.partial + (i64)from * D) + lane) : make_float4(0.f, 0.f, 0.f, 0.f);
-      }
-    #pragma unroll
-    for (int k = 0; k < FLIGHT; k++) top = fmaxf(top, fmaxf(stat[k][0].x, stat[k][1].x));
-    const float shrink = exp2_approx(m - top);
+    for (int o = 16; o; o >>= 1) top = fmaxf(top, __shfl_xor_sync(ALL, top, o));
+    const float shrink = exp2_approx(m - top), weight = exp2_approx(stat.x - top);
     m = top;
     #pragma unroll
     for (int kind = 0; kind < 2; kind++) {
       mass[kind] *= shrink;
       sum[kind].x *= shrink; sum[kind].y *= shrink; sum[kind].z *= shrink; sum[kind].w *= shrink;
+    }
+    #pragma unroll 1
+    for (u32 there = __ballot_sync(ALL, stat.x > 0.5f * NEVER); there;) {
+      float4 v[FLIGHT];
+      int lanes[FLIGHT];
       #pragma unroll
       for (int k = 0; k < FLIGHT; k++) {
-        if (stat[k][kind].x < 0.5f * NEVER) continue;         // nothing was written there
-        const float e = exp2_approx(stat[k][kind].x - m);
-        const float4 x = v[k][kind];
-        mass[kind] = fmaf(e, stat[k][kind].y, mass[kind]);
-        sum[kind].x = fmaf(e, x.x, sum[kind].x); sum[kind].y = fmaf(e, x.y, sum[kind].y);
-        sum[kind].z = fmaf(e, x.z, sum[kind].z); sum[kind].w = fmaf(e, x.w, sum[kind].w);
+        lanes[k] = __ffs(there) - 1;
+        there &= there - 1;
+        const int place = __shfl_sync(ALL, from, max(lanes[k], 0));
+        v[k] = lanes[k] >= 0 && lane * 4 < D ? __ldcg((const float4*)(p.partial + (i64)place * D) + lane) : make_float4(0.f, 0.f, 0.f, 0.f);
+      }
+      #pragma unroll
+      for (int k = 0; k < FLIGHT; k++) {
+        if (lanes[k] < 0) break;
+        const float e = __shfl_sync(ALL, weight, lanes[k]), l = __shfl_sync(ALL, stat.y, lanes[k]);
+        const auto add = [&](int kind) {
+          mass[kind] = fmaf(e, l, mass[kind]);
+          sum[kind].x = fmaf(e, v[k].x, sum[kind].x); sum[kind].y = fmaf(e, v[k].y, sum[kind].y);
+          sum[kind].z = fmaf(e, v[k].z, sum[kind].z); sum[kind].w = fmaf(e, v[k].w, sum[kind].w);
+        };
+        if (i0 + lanes[k] * TEAM < count) add(0); else add(1);
       }
     }
   }
@@ -1038,52 +1079,64 @@ extern "C" __global__ void __launch_bounds__(HELPER_THREADS, 4) merge(const __gr
   for (int part = 0; part < 2; part++) *(float4*)&sums[w][part][lane * 4] = sum[part];
   if (lane == 0) { stats[w][0] = m; stats[w][1] = mass[0]; stats[w][2] = mass[1]; }
   __syncthreads();
-  float total = 0.f, packed = 0.f, x = 0.f;
-  m = NEVER;
+  const int axis = threadIdx.x - 128;                         // threads 0 .. 127: channels of the whole-precision part, 128 .. 255: axes of the packed one
+  float x[R], share = 0.f;                                    // share: of the packed part, of the row that the lane rotates back
   #pragma unroll
-  for (int k = 0; k < HELPER_WARPS; k++) m = fmaxf(m, stats[k][0]);
-  #pragma unroll
-  for (int k = 0; k < HELPER_WARPS; k++) {
-    const float e = exp2_approx(stats[k][0] - m);
-    total = fmaf(e, stats[k][1], total);
-    packed = fmaf(e, stats[k][2], packed);
-    x = fmaf(e, (&sums[k][0][0])[threadIdx.x], x);            // threads 0 .. 127: channels, 128 .. 255: axes
+  for (int r = 0; r < R; r++) {
+    float total = 0.f, packed = 0.f;
+    m = NEVER;
+    x[r] = 0.f;
+    #pragma unroll
+    for (int k = r * TEAM; k < (r + 1) * TEAM; k++) m = fmaxf(m, stats[k][0]);
+    #pragma unroll
+    for (int k = r * TEAM; k < (r + 1) * TEAM; k++) {
+      const float e = exp2_approx(stats[k][0] - m);
+      total = fmaf(e, stats[k][1], total);
+      packed = fmaf(e, stats[k][2], packed);
+      x[r] = fmaf(e, (&sums[k][0][0])[threadIdx.x], x[r]);
+    }
+    total += packed;
+    const float inverse = total > 0.f ? 1.f / total : 0.f;
+    x[r] *= inverse;
+    if (r == l4) share = packed * inverse;
+    if (axis < 0) sums[r * TEAM][0][threadIdx.x] = x[r];      // no other thread has read this column
+    else if (axis < D) {
+      const u32 high = pack_bf16(x[r], 0.f);
+      halves[2 * r][axis] = (u16)high;
+      halves[2 * r + 1][axis] = (u16)pack_bf16(x[r] - bf16_low(high), 0.f);
+    }
+    if (threadIdx.x == r && query_row(p, head, row0 + r, q_head, token))
+      p.lse[((i64)head.b * p.q_heads + q_head) * N_QUERY + token] = total > 0.f ? (m + log2_approx(total)) * LN2 : __uint_as_float(0xff800000u);
   }
-  total += packed;
-  const float inverse = total > 0.f ? 1.f / total : 0.f;
-  x *= inverse;
-  const int axis = threadIdx.x - 128;
-  if (axis < 0) sums[0][0][threadIdx.x] = x;                  // no other thread has read this column
-  else if (axis < D) {
-    const u32 h = pack_bf16(x, 0.f);
-    high[axis] = (u16)h;
-    low[axis] = (u16)pack_bf16(x - bf16_low(h), 0.f);
-  }
-  if (threadIdx.x == 0) p.lse[((i64)head.b * p.q_heads + q_head) * N_QUERY + token] = total > 0.f ? (m + log2_approx(total)) * LN2 : __uint_as_float(0xff800000u);
   __syncthreads();
-  u16* to = p.out + (((i64)head.b * p.q_heads + q_head) * N_QUERY + token) * D;
   if (turns) {
-    float y[4] = {0.f, 0.f, 0.f, 0.f};                        // column 0: the high halves, column 1: the low ones
+    float y[4] = {0.f, 0.f, 0.f, 0.f};                        // rows: channels; columns 2 r, 2 r + 1: the halves of row r
     #pragma unroll
     for (int pass = 0; pass < (values::RESIDUAL ? 2 : 1); pass++) {
       if (pass == 1) load(rot.residual);
       #pragma unroll
       for (int c = 0; c < KV; c++) {
-        const uint4 b = i8 < 2 ? *(const uint4*)((i8 ? low : high) + c * 32 + l4 * 8) : make_uint4(0, 0, 0, 0);
+        const uint4 b = i8 < 2 * R ? *(const uint4*)(halves[i8] + c * 32 + l4 * 8) : make_uint4(0, 0, 0, 0);
         mma_bf16(y, a[c][0].x, a[c][1].x, a[c][0].y, a[c][1].y, b.x, b.y);
         mma_bf16(y, a[c][0].z, a[c][1].z, a[c][0].w, a[c][1].w, b.z, b.w);
       }
     }
-    if (l4) return;
+    if (l4 >= R || !query_row(p, head, row0 + l4, q_head, token)) return;
+    u16* to = p.out + (((i64)head.b * p.q_heads + q_head) * N_QUERY + token) * D;
     #pragma unroll
     for (int i = 0; i < 2; i++) {
       const int c = channel + 8 * i, place = values::ORDER ? rot.order[channels + c] : c;
       float v = y[2 * i] + y[2 * i + 1];
-      if (values::MEAN) v = fmaf(packed * inverse, rot.mean[channels + c], v);
-      to[place] = to_model(v + sums[0][0][place]);
+      if (values::MEAN) v = fmaf(share, mean[i], v);
+      to[place] = to_model(v + sums[l4 * TEAM][0][place]);
     }
   } else if (!turn && axis >= 0 && axis < D) {
     const int place = values::ORDER && set.tiles ? rot.order[channels + axis] : axis;
-    to[place] = to_model(x + sums[0][0][place]);
+    #pragma unroll
+    for (int r = 0; r < R; r++)
+      if (query_row(p, head, row0 + r, q_head, token))
+        p.out[(((i64)head.b * p.q_heads + q_head) * N_QUERY + token) * D + place] = to_model(x[r] + sums[r * TEAM][0][place]);
   }
 }
+extern "C" __global__ void __launch_bounds__(MERGE_THREADS, 3) merge_1(const __grid_constant__ Params p) { merge_rows<1>(p); }
+extern "C" __global__ void __launch_bounds__(MERGE_THREADS, 3) merge_4(const __grid_constant__ Params p) { merge_rows<4>(p); }
