@@ -27,6 +27,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,9 +92,9 @@ def points() -> Iterator[Point]:
     """All points, the most important ones first; rows that share a compiled step follow each other."""
     first, *others = list(MODELS)[:3]
     more = [p for p in bh.preset_names() if p not in OURS]
-    for batch, context in ((8, 32768), (1, 131072), (1, 8192)):
-        yield from (Point(first, plan, batch, context) for plan in OURS)
+    yield from (Point(first, plan, batch, context) for batch, context in ((8, 32768), (1, 8192)) for plan in OURS)
     yield from (Point(first, plan, 1, 32768, "largest") for plan in OURS)
+    yield from (Point(first, plan, 1, 131072) for plan in OURS)
     yield from (Point(first, plan, 1, 2048, "longest") for plan in (*OURS, "extreme"))
     yield from (Point(first, "hf-static", b, t) for b, t in ((8, 32768), (1, 8192), (1, 131072)))
     yield from (Point(first, f"hf-{kind}", 8, 32768) for kind in ("quanto-2", "hqq-2", "dynamic"))
@@ -109,21 +110,29 @@ def points() -> Iterator[Point]:
 
 
 def make_model(name: str, device: str) -> Any:
+    """A model by its name."""
+    return random_model(MODELS[name](), device)
+
+
+def random_model(config: Any, device: str) -> Any:
     """A model with random bf16 weights, made on the device."""
     with torch.device("meta"):
-        model = tf.AutoModelForCausalLM.from_config(MODELS[name](), dtype=torch.bfloat16)
+        model = tf.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     rotary = type(model.model.rotary_emb)(model.config)  # its buffers are no parameters: computed, not drawn
     model.to_empty(device=device)
     model.model.rotary_emb = rotary.to(device)
-    torch.manual_seed(0)
-    for parameter_name, parameter in model.named_parameters():
-        parameter.requires_grad_(False)
-        if parameter.ndim < 2:
-            parameter.fill_(1.0 if "norm" in parameter_name else 0.0)
-        else:
-            parameter.normal_(0, 0.02)
+    draw_weights(model.requires_grad_(False))
     bh.enable(model)
     return model.eval()
+
+
+def draw_weights(model: Any) -> None:
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim < 2:
+            parameter.fill_(1.0 if "norm" in name else 0.0)
+        else:
+            parameter.normal_(0, 0.02)
 
 
 def plan_of(name: str, model: Any) -> bh.CachePlan:
@@ -230,18 +239,18 @@ class Watch(tf.StoppingCriteria):
         return self.go_on
 
 
-def measure(point: Point, model: Any, prompt: Prompt, device: str) -> dict[str, Any]:
-    """One row; `prompt` is one token shorter than the context."""
-    new, warm = FEW if point.plan.startswith("hf-") and point.plan not in STATIC else STEPS
+def measure(point: Point, model: Any, prompt: Prompt, device: str, few: bool = False) -> dict[str, Any]:
+    """One row; `prompt` is one token shorter than the context (a shorter one only compiles the step). few: only a few steps."""
+    new, warm = FEW if few or (point.plan.startswith("hf-") and point.plan not in STATIC) else STEPS
     row: dict[str, Any] = {"batch": point.batch}
     on_gpu = device == "cuda"
     if on_gpu:
         row["model_bytes"] = torch.cuda.memory_allocated()
-    cache, watch = make_cache(point, model, point.context + new), Watch(point.batch, device)
+    cache, watch = make_cache(point, model, point.context + STEPS[0]), Watch(point.batch, device)
     row |= {"prefilled_sequences": 1 if isinstance(cache, bh.CompressedCache) else point.batch}
     row["packing_s"] = fill(cache, prompt, point.batch, device)
     row["prefill_s"] = prompt.seconds + row["packing_s"]
-    ids = torch.randint(2, model.config.vocab_size, (1, point.context), device=device).expand(point.batch, -1)
+    ids = torch.randint(2, model.config.vocab_size, (1, prompt.keys[0].shape[2] + 1), device=device).expand(point.batch, -1)
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
@@ -274,18 +283,19 @@ def largest(point: Point, model: Any, prompt: Prompt, device: str) -> dict[str, 
 
 def longest(point: Point, model: Any, prompt: Prompt, device: str) -> dict[str, Any]:
     """The longest context of one sequence whose cache can be allocated beside the model, to one part in 256."""
-    low, high = 1 << 14, 1 << 24  # fits, does not fit
-    taken = 0
-    while high - low > low >> 8:
+    plan = plan_of(point.plan, model).resolve(model.config)
+    guess = torch.cuda.mem_get_info()[0] / plan.capacity_bytes(1 << 20, itemsize=2) * (1 << 20)
+    low, high, taken = int(guess * 0.8), int(guess * 1.1), 0  # fits, does not fit
+    while high - low > low >> 8 or not taken:
         middle = (low + high) // 2
+        cache = make_cache(point, model, middle)
         try:
-            cache = make_cache(point, model, middle)
             fill(cache, prompt, 1, device)
             cache.fixed.enter()
             low, taken = middle, cache_bytes(cache)
         except torch.OutOfMemoryError:
             high = middle
-        cache = None
+        del cache
         clean(device)
     return {"context": low, "cache_bytes": taken}
 
@@ -357,13 +367,20 @@ def write(path: Path, data: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=Path("generate.json"))
     parser.add_argument("--only", default="", help="regular expression on 'model plan bBATCH tCONTEXT'")
     parser.add_argument("--minutes", type=float, default=1e9, help="start no row after this time")
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--wait", type=Path, help="compile the steps of one model's rows, then wait for this file before anything is timed")
     parser.add_argument("--tiny", action="store_true", help="a tiny model and short contexts: shows that the script works")
+    parser.add_argument(
+        "--kernels", help="I/N: only compile the kernels of the I-th of N parts of the plans, for the disk caches of a run that follows"
+    )
     args = parser.parse_args()
-    run(args)
+    if args.kernels:
+        compile_kernels(*map(int, args.kernels.split("/")), args.device)
+    else:
+        run(args)
 
 
 def tried(call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -382,14 +399,12 @@ class Bench:
         self.model: Any = None
         self.name = self.plan = ""
         self.prompts: dict[int, Prompt] = {}
+        self.shapes: dict[str, torch.Size] = {}
+        self.compiled = False
 
     def row(self, point: Point) -> dict[str, Any]:
         """Measure a point."""
-        if self.name != point.model:
-            self.model, self.prompts = None, {}
-            clean(self.device)
-            self.model, self.name = make_model(point.model, self.device), point.model
-            self.prompt(512)  # libraries are loaded and kernels chosen
+        self.load(point.model)
         prompt = self.prompt(point.context)
         self.attention(point.plan)
         how = KINDS[point.kind]
@@ -397,6 +412,39 @@ class Bench:
         row |= tried(lambda: how(point, self.model, prompt, self.device))
         clean(self.device)
         return row
+
+    def compile(self, points: list[Point]) -> None:
+        """Compile what these points of one model need, then give the memory of its weights back until `restore`."""
+        self.load(points[0].model)
+        self.compiled = True
+        alike = (replace(p, context=p.context if p.plan in STATIC else 2048) for p in points if p.kind in ("steps", "largest"))
+        for point in dict.fromkeys(alike):
+            self.attention(point.plan)
+            for batch in (2, 3) if point.kind == "largest" else (point.batch,):  # the second batch of a step makes it general
+                row = tried(
+                    partial(measure, replace(point, batch=batch), self.model, self.prompt(min(2048, point.context)), self.device, few=True)
+                )
+                print("compiled for", point.name, row.get("error", ""), flush=True)
+                clean(self.device)
+        for parameter in self.model.parameters():
+            parameter.data = parameter.data.new_empty(0)
+        clean(self.device)
+
+    def restore(self) -> None:
+        """Weights again."""
+        for name, parameter in self.model.named_parameters():
+            parameter.data = torch.empty(self.shapes[name], dtype=parameter.dtype, device=self.device)
+        draw_weights(self.model)
+        self.prompts = {}
+
+    def load(self, name: str) -> None:
+        """Switch to a model."""
+        if self.name != name:
+            self.model, self.prompts = None, {}
+            clean(self.device)
+            self.model, self.name = make_model(name, self.device), name
+            self.shapes = {name: parameter.shape for name, parameter in self.model.named_parameters()}
+            self.prompt(512)  # libraries are loaded and kernels chosen
 
     def prompt(self, tokens: int) -> Prompt:
         """The prompt for a context of so many tokens; the row's own first step reads the last of them."""
@@ -407,13 +455,30 @@ class Bench:
 
     def attention(self, plan: str) -> None:
         """Switch the model to the attention of a plan. A StaticCache's step is compiled for one length alone; a general one would be slower."""
-        if plan in STATIC or self.plan in STATIC:
+        if not self.compiled and (plan in STATIC or self.plan in STATIC):
             torch._dynamo.reset()
         self.plan = plan
         bh.disable(self.model)
         self.model.set_attn_implementation("flex_attention" if plan.endswith("flex") else "sdpa")
         if not plan.startswith("hf-"):
             bh.enable(self.model)
+
+
+@torch.no_grad()
+def compile_kernels(part: int, parts: int, device: str) -> None:
+    """Prompt and steps of one layer, for every plan and both sizes of a group of query heads."""
+    for name in list(MODELS)[:2]:
+        config = MODELS[name]()
+        config.num_hidden_layers, config.vocab_size, config.intermediate_size = 1, 1024, 64
+        if hasattr(config, "layer_types"):
+            config.layer_types = config.layer_types[:1]
+        model = random_model(config, device)
+        plans = [*OURS[:3], *(p for p in bh.preset_names() if p not in OURS)][part::parts]
+        for plan, batch in ((plan, batch) for plan in plans for batch in (1, 8)):
+            cache = make_cache(Point(name, plan, batch, 2048), model, 2100)
+            fill(cache, read_prompt(model, 2047, device), batch, device)
+            model.generate(torch.full((batch, 2048), 2, device=device), past_key_values=cache, max_new_tokens=3, disable_compile=True)
+            print(name, plan, batch, flush=True)
 
 
 @torch.no_grad()
@@ -432,9 +497,14 @@ def run(args: argparse.Namespace) -> None:
         data[kind] = [r for r in data[kind] if "error" not in r or "OutOfMemory" in r["error"]]
         done |= {r["point"] for r in data[kind]}
     bench = Bench(args.device)
+    todo = [p for p in todo if p.name not in done and re.search(args.only, p.name)]
+    if args.wait:
+        bench.compile(todo)
+        while not args.wait.exists():
+            time.sleep(0.1)
+        started = time.time()
+        bench.restore()
     for point in todo:
-        if point.name in done or not re.search(args.only, point.name):
-            continue
         if time.time() - started > 60 * args.minutes:
             print(f"Time is up; {point.name} and what follows it are left. Run again to go on.")
             return
