@@ -9,6 +9,7 @@ import bitsandheads as bh
 from bitsandheads import ops
 from bitsandheads.methods import get_plan
 from bitsandheads.methods.vidkv import KEYS, VALUES
+from bitsandheads.ops import cuda_pack, triton_pack
 from bitsandheads.quant.codec import HalfCodec
 from bitsandheads.quant.spec import AxisClass, KVQuant, TensorQuant
 from bitsandheads.quant.tile import TileLayout
@@ -25,6 +26,28 @@ def quant_of(preset: str) -> KVQuant:
 @pytest.mark.parametrize(("dim", "dtype"), [(64, torch.float16), (128, torch.bfloat16)])
 def test_presets(preset: str, dim: int, dtype: torch.dtype) -> None:
     t.check_pack(quant_of(preset), dim, dtype, "cuda", tiles=6)
+
+
+@pytest.mark.parametrize("preset", ["balanced", "extreme"])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_cuda_kernel(preset: str, dim: int) -> None:
+    """The bytes against the reference, and what is left behind for the map back against the Triton kernel."""
+    quant = quant_of(preset)
+    layout, x = TileLayout.of(quant, dim), t.tokens(quant, dim, torch.bfloat16, "cuda", 6)[0]
+    jobs = torch.tensor([[0, 5], [6, 4], [0, 1]], dtype=torch.int32, device="cuda")
+    for half, base in ((layout.keys, 0), (layout.values, layout.keys.nbytes)):
+        assert cuda_pack.unsupported(x, half, None) is None
+        basis = HalfCodec(half).find_basis(x.float()[:, :, : 6 * 128], torch.rand(2, 2, dim, device="cuda") + 0.1)
+        results = []
+        for pack in (cuda_pack.pack_half, triton_pack.pack_half):
+            tiles = torch.zeros(2, 2, 6, layout.nbytes, dtype=torch.uint8, device="cuda")
+            kept, error = torch.zeros(2, 2, 6, dim, 128, dtype=torch.bfloat16, device="cuda"), torch.zeros(2, 2, 6, dim, device="cuda")
+            status = torch.zeros(1, dtype=torch.int32, device="cuda")
+            pack(x, tiles, jobs, 6, False, half, base, basis, None, None, kept, error, status)
+            results.append((kept, error, status.view(torch.float32)))
+        for got, want, limit in zip(*results, (2e-3, 1e-3, 1e-5), strict=True):
+            t.close(got, want, limit)
+    t.check_pack(quant, dim, torch.bfloat16, "cuda", tiles=6, backend="cuda")
 
 
 @pytest.mark.parametrize("dim", [80, 96, 256])
@@ -56,7 +79,7 @@ def test_outliers_and_constant_channels(levels: str, transform: str) -> None:
     (got, want), basis, packed = t.packed_twice(quant, "keys", x.bfloat16(), False)
     keys = TileLayout.of(quant, 128).keys
     y = HalfCodec(keys).encode(packed[:1].float(), {name: b[:1] for name, b in basis.items()})
-    t.compare(keys, got[:1, :, :3, : keys.nbytes], want[:1, :, :3, : keys.nbytes], y, 5e-3)
+    t.compare(keys, got[:1, :, :3, : keys.nbytes], want[:1, :, :3, : keys.nbytes], y)
 
 
 @pytest.mark.parametrize("new", [0, 1, 5, 8])
@@ -80,10 +103,13 @@ def test_choice(heavy: int) -> None:
     t.check_choice(heavy, "cuda")
 
 
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
 @pytest.mark.parametrize(("preset", "prompt"), [("balanced", 1500), ("extreme", 1200), ("kivi-2", 700), ("vidkv-1.5/1.66", 700)])
-def test_life_of_a_layer(preset: str, prompt: int) -> None:
+def test_life_of_a_layer(preset: str, prompt: int, backend: str) -> None:
     """Prompt with padding, single tokens over several tiles, chunks."""
-    t.check_life(quant_of(preset), 128, torch.bfloat16, "cuda", prompt, [1] * 150 + [4, 8, 300, 1], window=True)
+    if backend == "cuda" and preset not in ("balanced", "extreme"):
+        pytest.skip("the CUDA kernels do not cover it")
+    t.check_life(quant_of(preset), 128, torch.bfloat16, "cuda", prompt, [1] * 150 + [4, 8, 300, 1], window=True, backend=backend)
 
 
 def test_steps_in_a_captured_graph() -> None:

@@ -16,6 +16,7 @@ from .backends import resolve_packing, say_once
 
 Which = Literal["keys", "values"]
 Description = tuple[TileLayout, Which, tuple[str, ...]]
+CUDA_PACKS = ("cuda",)  # backends that pack with the CUDA kernel where it covers the tokens
 _DESCRIPTIONS: list[Description] = []
 _NUMBERS: dict[Description, int] = {}
 
@@ -85,6 +86,23 @@ def pack(
     torch.ops.bitsandheads.pack(x, tiles, jobs, most, due, number, list(basis.values()), skip, weight, status, backend)
 
 
+def pack_with_kernels(
+    x: Tensor, tiles: Tensor, jobs: Tensor, most: int, due: bool, half: HalfLayout, base: int, basis: Basis, skip: Tensor | None,
+    weight: Tensor | None, kept: Tensor | None, error: Tensor | None, status: Tensor, backend: str,
+) -> None:  # fmt: skip
+    """One launch, by the CUDA kernel where it packs such tokens, else by the Triton kernel.
+
+    Args:
+        half: of a tile, from byte `base` on.
+        kept: bfloat16 [B, h, tiles, DP, tile], gets the restored axes; error: float32 [B, h, tiles, DP], their squared error. Or None.
+    """
+    from . import cuda_pack, triton_pack
+
+    in_cuda = backend in CUDA_PACKS and not due and cuda_pack.unsupported(x, half, weight) is None
+    pack_half = cuda_pack.pack_half if in_cuda else triton_pack.pack_half
+    pack_half(x, tiles, jobs, most, due, half, base, basis, skip, weight, kept, error, status)
+
+
 @torch.library.custom_op("bitsandheads::pack", mutates_args=("tiles", "status"))
 def _pack(
     x: Tensor, tiles: Tensor, jobs: Tensor, most: int, due: bool, description: int, basis: list[Tensor], skip: Tensor | None,
@@ -96,10 +114,8 @@ def _pack(
     if packing_backend(x, backend) == "triton":
         from triton.errors import TritonError
 
-        from . import triton_pack
-
         try:
-            triton_pack.pack_half(x, tiles, jobs, most, due, half, base, named, skip, weight, None, None, status)
+            pack_with_kernels(x, tiles, jobs, most, due, half, base, named, skip, weight, None, None, status, backend)
             return
         except TritonError as e:
             kernels_failed(e, f"pack {which} of head_dim {x.shape[3]} in {x.dtype}", backend)

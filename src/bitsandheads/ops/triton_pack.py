@@ -177,12 +177,7 @@ def pack_half(
     skip: Tensor | None, weight: Tensor | None, kept: Tensor | None, error: Tensor | None, status: Tensor,
     tuning: dict[str, int] | None = None, programs: int = PROGRAMS,
 ) -> None:  # fmt: skip
-    """See ops.pack.pack; one launch.
-
-    Args:
-        half: of a tile, from byte `base` on.
-        kept: bfloat16 [B, h, tiles, DP, tile], gets the restored axes; error: float32 [B, h, tiles, DP], their squared error. Or None.
-    """
+    """See ops.pack.pack_with_kernels."""
     batch, heads = x.shape[:2]
     device = x.device
     numbers = _constants(half, base, tiles.shape[-1])

@@ -12,8 +12,8 @@ from . import cuda_basis
 from . import prompt_kernels as kernels
 from .backends import say_once
 from .heads import numbers_on
-from .pack import Which, pack, source_places
-from .triton_pack import multiprocessors, operand_dtype, pack_half
+from .pack import Which, pack, pack_with_kernels, source_places
+from .triton_pack import multiprocessors, operand_dtype
 
 LOG2E = 1.4426950408889634
 BLOCK = 128  # query rows, and keys, of a program
@@ -117,6 +117,7 @@ class Begin:
         queries, weight, scale: the newest queries [B, h, query heads of a KV head, n, D], float32 [B, n], factor of the scores; None where the
             attention that tokens draw does not count.
         energy: float32 [B, h, D], mean squared query of each channel, or None: all alike.
+        backend: see ops.pack.
     """
 
     k: Tensor
@@ -129,6 +130,7 @@ class Begin:
     weight: Tensor | None
     scale: float
     energy: Tensor | None
+    backend: str
 
 
 @dataclass
@@ -166,9 +168,9 @@ def start(
     halves: tuple[Which, Which] = ("keys", "values")
     for which, codec, x, basis, weight in zip(halves, codecs, (begin.k, begin.v), bases, weights, strict=True):
         if codec.layout.spec.refit or codec.layout.spec.noise_correction:
-            _pack_and_refit(x, codec, basis, weight, job, tiles, layout, which, status)
+            _pack_and_refit(x, codec, basis, weight, job, tiles, layout, which, status, begin.backend)
         else:
-            pack(x, tiles, jobs, most, layout, which, basis, skip=job.skip, weight=weight, status=status, backend="triton")
+            pack(x, tiles, jobs, most, layout, which, basis, skip=job.skip, weight=weight, status=status, backend=begin.backend)
     return positions, (bases[0], bases[1])
 
 
@@ -207,7 +209,7 @@ def _axes(begin: Begin, codecs: tuple[HalfCodec, HalfCodec], job: _Job) -> list[
         index, means, scales, grams = zip(*waiting, strict=True)
         gram = torch.stack(grams)
         find = cuda_basis.principal_axes if _kernels_for_basis(gram) else principal_axes
-        turns = find(gram, torch.stack(scales))
+        turns = find(gram, torch.stack(scales)).contiguous()
         for i, mean, scale, turn in zip(index, means, scales, turns, strict=True):
             found[i] = codecs[i].principal_basis(mean, scale, turn)
     return found
@@ -235,6 +237,7 @@ def _pack_and_refit(
     layout: TileLayout,
     which: str,
     status: Tensor,
+    backend: str,
 ) -> None:
     """Pack, and finish the basis with what the codes restore to. The codes do not depend on the map back, so one pass is enough."""
     half = codec.layout
@@ -242,7 +245,7 @@ def _pack_and_refit(
     kept = torch.empty(*shape, half.tokens, dtype=torch.bfloat16, device=x.device)
     error = torch.zeros(shape, device=x.device)
     base = 0 if which == "keys" else layout.keys.nbytes
-    pack_half(x, tiles, job.jobs, job.most, False, half, base, basis, job.skip, weight, kept, error, status)
+    pack_with_kernels(x, tiles, job.jobs, job.most, False, half, base, basis, job.skip, weight, kept, error, status, backend)
     if half.spec.noise_correction:
         basis["noise"] = (error.sum(2)[..., : half.head_dim] / job.tokens[..., None]).contiguous()
     if half.spec.refit:

@@ -271,7 +271,7 @@ class PackedStore(Store):
         begin = triton_prompt.Begin(
             self.tail.k, self.tail.v, [c if n else 0 for c, n in zip(self.tail.count, tiles, strict=True)], tiles, quant.sink, quant.heavy,
             queries=recent.q if recent and quant.needs_mass else None, weight=recent.weight if recent and quant.needs_mass else None,
-            scale=prompt.scale if prompt else 1.0, energy=recent.energy(slice(None)) if recent else None,
+            scale=prompt.scale if prompt else 1.0, energy=recent.energy(slice(None)) if recent else None, backend=self.backend,
         )  # fmt: skip
         positions, found = triton_prompt.start(begin, self.codecs, self.bank.tiles, self.layout, self.status)
         self.unchecked = True  # to wait for the kernels here would keep the host from starting the next layer
