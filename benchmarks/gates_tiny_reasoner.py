@@ -189,16 +189,18 @@ def plot(folder: Path) -> None:
         sparsity.plot(run["step"], run["below_0.1"], label=label, linestyle="-" if seed else ":")
     first = runs["rlkv-0"]
     for name in (k for k in first if k.startswith("gate_")):
-        stays = first[name][-1] > 0
-        label = "layer {}, head {}".format(*name.split("_")[1:]) if stays else None
-        gates.plot(first["step"], first[name], label=label, color=None if stays else "0.8", zorder=2 + stays)
-    reward.set(ylabel="reward, mean of 5 steps", ylim=(0, 1.02))
+        stays = first[name][-20:].mean() > 0.1
+        gates.plot(first["step"], first[name], color=None if stays else "0.8", zorder=2 + stays)
+        if stays:
+            gates.annotate(" {}.{}".format(*name.split("_")[1:]), (first["step"][-1], first[name][-1]), fontsize=7, va="center")
+    reward.set(ylabel="reward, mean of 5 steps", ylim=(0.7, 1.01))
     sparsity.set(ylabel="share of gates below 0.1")
-    gates.set(ylabel="gates of seed 0", xlabel="step")
-    ablations.set(ylabel="reward, mean of 5 steps", xlabel="step", ylim=(0, 1.02))
+    gates.set(ylabel="gates of seed 0 (layer.head)", xlabel="step")
+    ablations.set(ylabel="reward, mean of 5 steps", xlabel="step", ylim=(0.7, 1.01))
     for ax in (reward, sparsity, gates, ablations):
         ax.grid(alpha=0.3)
-        ax.legend(fontsize=7)
+        if ax is not gates:
+            ax.legend(fontsize=7)
     figure.savefig(PLOT, metadata={"Date": None})
 
 

@@ -242,7 +242,7 @@ def rows_of(records: list[dict[str, Any]], engine: str, folder: Path, model: Any
             **{f"long_{k}": far[cell.name][k] for k in ("n", "accuracy", "low", "high", "difference", "difference_low", "difference_high")},
             "accuracy_by_kind": {kind: kinds[cell.name, kind] for kind in reasoning.KINDS},
             "right": "".join(str(int(r["score"])) for r in sorted(own, key=lambda r: r["id"])),
-            **{k: v for k, v in summary[cell.name].items() if k not in ("task", "seeds")},
+            **{k: v for k, v in summary[cell.name].items() if k not in ("task", "seeds", "peak_bytes")},
         }
 
 
@@ -292,8 +292,13 @@ def lines_of(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     for r in rows:
         if r["scores"] != WHOLE:
             head, _, seed = r["scores"].rpartition("-")
-            out.setdefault(head if seed.isdecimal() else r["scores"], []).append(r)
+            out.setdefault(head if len(seed) == 1 else r["scores"], []).append(r)
     return out
+
+
+def ablation(scores: str) -> bool:
+    """Whether scores are of a training run that leaves something out; benchmarks/tables.py has a table of those."""
+    return scores.startswith("rlkv-") and not scores.removeprefix("rlkv-").removeprefix("mean-").isdecimal()
 
 
 def plot(args: argparse.Namespace) -> None:
@@ -306,10 +311,10 @@ def plot(args: argparse.Namespace) -> None:
 
     rows = preferred(json.loads(args.result.read_text())["rows"])
     zero = {r["bits"]: r for r in rows if r["scores"] == WHOLE}
-    panels = [("bf16", [r for r in rows if r["bits"] == "bf16" and r["window"] == "32+128"])]
+    panels = [("bf16", [r for r in rows if r["bits"] == "bf16" and r["window"] == "32+128" and not ablation(r["scores"])])]
     panels += [(b, [r for r in rows if r["bits"] == b]) for b in ("balanced-short", "extreme-short") if b in zero]
     figure, axes = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
-    colours = iter(plt.get_cmap("tab10").colors)
+    colours = iter(plt.get_cmap("tab20").colors)
 
     def draw(ax: Any, members: list[dict[str, Any]], start: dict[str, Any], label: str, colour: Any, x: str, y: str) -> None:
         points: dict[float, list[dict[str, Any]]] = {0.0: [start]}

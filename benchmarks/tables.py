@@ -137,6 +137,10 @@ def _plain(r: dict) -> bool:
     return r["bits"] == "bf16"
 
 
+def _seed(r: dict) -> bool:
+    return r["scores"].removeprefix("rlkv-").removeprefix("mean-").isdecimal()
+
+
 def _ablation(r: dict) -> bool:
     return r["scores"].startswith("rlkv") or r["window"] != "32+128"
 
@@ -178,7 +182,7 @@ REASONER: list[tuple[str, Callable[[dict], str]]] = [
 
 
 def heads_reasoner(part: str = "") -> list[str]:
-    return _by_sparsity(lambda r: _plain(r) and not (_ablation(r) and not r["scores"].removeprefix("rlkv-").isdecimal()), part)
+    return _by_sparsity(lambda r: _plain(r) and r["window"] == "32+128" and (not _ablation(r) or _seed(r)), part)
 
 
 def heads_ablations() -> list[str]:
