@@ -239,7 +239,10 @@ def rows_of(records: list[dict[str, Any]], engine: str, folder: Path, model: Any
             "window": f"{cell.sink}+{cell.recent}",
             "windowed_heads": windowed,
             "packed_share": packed_share(cell, own),
-            **{f"long_{k}": far[cell.name][k] for k in ("n", "accuracy", "low", "high", "difference", "difference_low", "difference_high")},
+            **{
+                f"long_{k}": far[cell.name][k]
+                for k in ("n", "accuracy", "low", "high", "difference", "difference_low", "difference_high", "verdict")
+            },
             "accuracy_by_kind": {kind: kinds[cell.name, kind] for kind in reasoning.KINDS},
             "right": "".join(str(int(r["score"])) for r in sorted(own, key=lambda r: r["id"])),
             **{k: v for k, v in summary[cell.name].items() if k not in ("task", "seeds", "peak_bytes")},

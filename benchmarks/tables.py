@@ -127,7 +127,7 @@ def _by_sparsity(keep: Callable[[dict], bool], part: str = "") -> list[str]:
                 cells.append("-")
                 continue
             accuracy, low, high = (r[part + k] for k in ("accuracy", "low", "high"))
-            mark = "" if r[part + "difference_high"] < 0 else "**"
+            mark = "" if r[part + "verdict"] == "worse" else "**"
             cells.append(f"{mark}{accuracy:.3f}{mark} [{low:.3f}, {high:.3f}]")
         lines.append(f"| {name}{'' if window == '32+128' else ', ' + window} | " + " | ".join(cells) + " |")
     return lines
