@@ -169,7 +169,7 @@ __device__ __forceinline__ void make_plan(const Params& p, Plan& plan, int ctas,
     const int e = e0 + lane;
     int mine = 0, longer = 0;
     if (e < entries) {
-      const int own = plan.raw[e] + plan.tiles[e], parts = max(min((int)((u32)ctas * (u32)own / (u32)units), own / MIN_UNITS), 1);
+      const int own = plan.raw[e] + plan.tiles[e], parts = max(min((int)((u32)ctas * (u32)own / (u32)units), divide_up(own, MIN_UNITS)), 1);
       plan.parts[e] = parts;
       longer = divide_up(own, parts);
       mine = parts * p.sets[(u32)e / (u32)p.batch].heads * BLOCKS;
@@ -183,7 +183,7 @@ __device__ __forceinline__ void make_plan(const Params& p, Plan& plan, int ctas,
     const int even = max(divide_up(total, ctas), MIN_UNITS);
     plan.start[entries] = total;
     plan.share = even;
-    plan.split = used <= ctas && longest <= even + even / 16;
+    plan.split = used <= ctas && longest <= even + even / 16 + LEAD / 2;   // a line gives some CTAs parts of two heads
   }
 }
 
