@@ -441,6 +441,7 @@ class Bench:
         """Switch to a model."""
         if self.name != name:
             self.model, self.prompts = None, {}
+            torch._dynamo.reset()  # it compiles a function of transformers, which all models share, eight times at most
             clean(self.device)
             self.model, self.name = make_model(name, self.device), name
             self.shapes = {name: parameter.shape for name, parameter in self.model.named_parameters()}

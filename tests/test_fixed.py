@@ -1,5 +1,7 @@
 """Caches of fixed capacity: steps that the host takes no part in give what the growing cache gives, and compile into one graph."""
 
+import copy
+
 import pytest
 import tiny_models as tm
 import torch
@@ -62,15 +64,15 @@ def test_packing_starts_while_steps_run() -> None:
 def test_a_step_is_one_graph_for_many_steps_turns_caches_and_plans() -> None:
     model = tm.make("llama")
     first, second = tm.left_padded([40, 17, 9]), tm.tokens(3, 5, seed=7)
-    mask = torch.cat([first["attention_mask"], torch.ones(3, 155, dtype=torch.long)], 1)
+    mask = torch.cat([first["attention_mask"], torch.ones(3, 75, dtype=torch.long)], 1)
     outs = []
     counters.clear()
     for compile_config in (None, compiled()):
         cache = bh.CompressedCache(MIXED, model, capacity=400)
         how = {"disable_compile": compile_config is None, "compile_config": compile_config}
-        out, _ = tm.generate(model, first, cache, new=150, **how)
-        out, _ = tm.generate(model, {"input_ids": torch.cat([out, second], 1), "attention_mask": mask}, cache, new=150, **how)
-        assert min(cache.compressed_layers()[0].stores[0].bank.count) >= 15
+        out, _ = tm.generate(model, first, cache, new=70, **how)
+        out, _ = tm.generate(model, {"input_ids": torch.cat([out, second], 1), "attention_mask": mask}, cache, new=70, **how)
+        assert min(cache.compressed_layers()[0].stores[0].bank.count) >= 8
         outs.append(out)
     assert torch.equal(*outs)
     other = tm.generate(model, first, bh.CompressedCache(MIXED, model, capacity=300), new=4, compile_config=compiled())[0]
@@ -230,3 +232,16 @@ def test_steps_are_captured_once_in_a_call_of_generate(works: bool, monkeypatch,
         do_sample=False, output_hidden_states=True, return_dict_in_generate=True,
     )  # fmt: skip
     assert not torch.equal(hidden.hidden_states[1][-1], hidden.hidden_states[2][-1])  # not the same memory twice
+
+
+def test_a_copied_model_compiles_its_own_step(monkeypatch) -> None:
+    """And a configured compilation, or disable(), leaves the step to transformers."""
+    model = tm.make("llama")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    own = model.get_compiled_call(None)
+    assert isinstance(own, CapturedSteps) and model.get_compiled_call(None).compiled is own.compiled
+    other = copy.deepcopy(model)
+    assert other.get_compiled_call(None).compiled is not own.compiled
+    assert not isinstance(model.get_compiled_call(CompileConfig(dynamic=False)), CapturedSteps)
+    bh.disable(model)
+    assert not isinstance(model.get_compiled_call(None), CapturedSteps)

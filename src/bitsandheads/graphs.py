@@ -21,7 +21,7 @@ Step = Callable[..., Any]
 def capture(step: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
     """Capture a call on the GPU. Returns how to replay it, and its output, whose tensors every replay writes."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may allocate meanwhile
         output = step()
     return graph.replay, output
 

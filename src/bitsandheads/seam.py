@@ -187,9 +187,11 @@ def _compiled_call(model: Any, compile_config: Any = None) -> Any:
     plain = type(model).get_compiled_call(model, compile_config)
     if compile_config is not None or model.generation_config.compile_config is not None or not torch.cuda.is_available():
         return plain
-    if "bitsandheads_step" not in model.__dict__:
-        model.__dict__["bitsandheads_step"] = torch.compile(model.__call__)
-    return CapturedSteps(model.__dict__["bitsandheads_step"], plain)
+    owner, step = model.__dict__.get("bitsandheads_step", (0, None))
+    if owner != id(model):  # not compiled yet, or for the model that this one is a copy of
+        step = torch.compile(model.__call__)
+        model.__dict__["bitsandheads_step"] = id(model), step
+    return CapturedSteps(step, plain)
 
 
 def _watch_generate(model: Any) -> None:
