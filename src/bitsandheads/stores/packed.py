@@ -79,8 +79,8 @@ class Recent:
     def energy(self, index: slice | Tensor) -> Tensor:
         """Mean squared query of each channel, float32 [rows, h, D]."""
         q, w = self.q[index].float(), self.weight[index]
-        total = (q.square().sum(2) * w[:, None, :, None]).sum(2)
-        return total / (q.shape[2] * w.sum(1).clamp(min=1))[:, None, None]
+        total = torch.einsum("bhgnd,bn->bhd", q.square(), w) / q.shape[2]
+        return total / w.sum(1).clamp(min=1)[:, None, None]
 
     def attention_mass(self, index: slice | Tensor, k: Tensor, scale: float) -> Tensor:
         """Mean attention that each key draws from those of these queries that see it; the queries are those of the newest keys.
@@ -337,6 +337,9 @@ class PackedStore(Store):
 
     def _keep_basis(self, half: Basis, index: slice | Tensor, found: Basis) -> None:
         for name, t in found.items():
+            if name not in half and isinstance(index, slice):
+                half[name] = t.contiguous()
+                continue
             if name not in half:
                 half[name] = t.new_zeros(len(self.started), *t.shape[1:])
             half[name][index] = t

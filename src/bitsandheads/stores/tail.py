@@ -103,7 +103,8 @@ class Tail:
         for old, new in zip(source, (self.k, self.v), strict=True):
             for b, (t, n) in enumerate(zip(tokens, left, strict=True)):
                 if t or self.borrowed:
-                    new[b, :, :n] = old[b, :, t : t + n].clone()
+                    left_over = old[b, :, t : t + n]
+                    new[b, :, :n] = left_over if self.borrowed else left_over.clone()
         self.count, self.borrowed = left, False
 
     def trim(self, capacity: int) -> None:
