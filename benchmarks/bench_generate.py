@@ -218,6 +218,7 @@ def fill(cache: Any, prompt: Prompt, batch: int, device: str) -> float:
         synchronize(device)
         seconds += time.perf_counter() - start
     if ours and batch > 1:
+        cache.fixed.enter()  # buffers get their size before they are repeated
         cache.batch_repeat_interleave(batch)
     return seconds
 
