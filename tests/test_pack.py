@@ -361,6 +361,26 @@ def test_errors() -> None:
         ops.pack(x, tiles, jobs, 1, layout, "keys", {}, status=status, backend="cuda")
 
 
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_what_the_cuda_kernel_packs() -> None:
+    from bitsandheads.ops import cuda_pack
+
+    def why(quant: KVQuant, dim: int) -> list[str | None]:
+        return [cuda_pack._unsupported_layout(half) for _, half, _ in halves(quant, dim)]
+
+    for name in ("balanced", "extreme"):
+        assert why(get_plan(name).groups[0].quant, 64) == why(get_plan(name).groups[0].quant, 128) == [None, None]
+    uneven = (AxisClass(1, 0.0625), AxisClass(2, 0.9375))  # 8 one-bit axes of 128: those of a word are 4 apart
+    principal = TensorQuant(uneven, transform="principal")
+    for quant, dim, said in (
+        (get_plan("balanced").groups[0].quant, 96, "head_dim 96"),
+        (get_plan("kivi-2").groups[0].quant, 128, "transform"),
+        (KVQuant(principal, principal, metadata="fp8"), 128, "classes of such sizes"),
+        (KVQuant(principal, principal, metadata="fp8", group_size=64), 128, "groups of 64"),
+    ):
+        assert all(reason and said in reason for reason in why(quant, dim)), why(quant, dim)
+
+
 # -- in Triton's interpreter ---------------------------------------------------------------------------------------------------------
 
 CASES = {  # quantizer, head_dim, dtype

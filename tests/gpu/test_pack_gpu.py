@@ -1,5 +1,7 @@
 """The kernels of packing and appending on a GPU, against the PyTorch reference on the same tokens. pytest -m gpu tests/gpu."""
 
+import contextlib
+
 import pytest
 import test_pack as t
 import torch
@@ -7,9 +9,11 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import bitsandheads as bh
 from bitsandheads import ops
+from bitsandheads.layer import CompressedLayer
 from bitsandheads.methods import get_plan
 from bitsandheads.methods.vidkv import KEYS, VALUES
 from bitsandheads.ops import cuda_pack, triton_pack
+from bitsandheads.plan import HeadGroup, LayerShape
 from bitsandheads.quant.codec import HalfCodec
 from bitsandheads.quant.spec import AxisClass, KVQuant, TensorQuant
 from bitsandheads.quant.tile import TileLayout
@@ -201,3 +205,15 @@ def test_numbers_that_cannot_be_packed() -> None:
             for _ in range(300):
                 layer.stage(k, k)
                 layer.attend(q, None, bh.layer.read_mask(None, 1), 0.1, lambda q, k, v: q)
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_a_prompt_that_cannot_be_packed(backend: str) -> None:
+    """The host does not wait for a prompt's kernels, so the error comes with the next token."""
+    layer = CompressedLayer(0, (HeadGroup((0, 1), quant=quant_of("balanced")),), LayerShape(4, 2, 64), backend)
+    k, q = (torch.randn(1, heads, 1000, 64, device="cuda", dtype=torch.bfloat16) for heads in (2, 4))
+    k[0, 0, 500, 3] = torch.nan
+    for part in (slice(0, 999), slice(999, 1000)):
+        layer.stage(k[:, :, part], k[:, :, part])
+        with pytest.raises(bh.NotFiniteError, match="step or centre") if part.start else contextlib.nullcontext():
+            layer.attend(q[:, :, part], None, bh.layer.read_mask(None, part.stop - part.start), 0.1, lambda q, k, v: q.transpose(1, 2))
