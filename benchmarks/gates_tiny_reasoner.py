@@ -31,7 +31,6 @@ from bitsandheads.gates.distill import DistillConfig, distill, passkey_batches, 
 from bitsandheads.gates.problems import read_problems
 from bitsandheads.gates.prompts import encode, make_engine
 from bitsandheads.gates.rollout import RolloutEngine
-from bitsandheads.gates.trainer import ranked
 from bitsandheads.models import load
 from bitsandheads.plan import Window
 from bitsandheads.scores import HeadScores
@@ -162,6 +161,8 @@ def check(model: Any, tokenizer: Any, output: Path, names: list[str] | None = No
 
 def averaged(folder: Path, steps: int = 20) -> None:
     """rlkv-mean-SEED.tsv: the scores that `average: 20` gives, from the logs of the runs."""
+    from bitsandheads.gates.trainer import ranked
+
     for seed in range(3):
         scores = HeadScores.read(SCORES / f"rlkv-{seed}.tsv")
         with (folder / f"rlkv-{seed}.csv").open(newline="") as file:
