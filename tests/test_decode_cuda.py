@@ -90,13 +90,19 @@ def test_ragged(emulate, monkeypatch: pytest.MonkeyPatch, many_tiles: int, multi
     emulate(multiprocessors)
     monkeypatch.setattr(cuda_decode, "MANY_TILES", many_tiles)
     monkeypatch.setattr(cuda_decode, "MANY_HEADS", 1 if many_tiles else 1 << 30)
-    check([heads(BALANCED, 128, (0, 1), [6, 0], [7, 0], [70, 1])], 14)
+    check([heads(BALANCED, 128, (0, 1), [6, 0], [30, 0], [70, 1])], 14)
 
 
 def test_whole_precision_apart(emulate) -> None:
     """A head with so many CTAs that some take whole-precision tokens alone."""
     emulate(16)
     check([heads(BALANCED, 128, (0,), [6], [26], [200])], 7)
+
+
+def test_many_partial_results(emulate, monkeypatch: pytest.MonkeyPatch) -> None:
+    emulate(44)
+    monkeypatch.setattr(cuda_decode, "MANY_HEADS", 1)
+    check([heads(BALANCED, 64, (0,), [6], [75], [20])], 7, dim=64)
 
 
 def test_windows_and_query_tokens(emulate, monkeypatch: pytest.MonkeyPatch) -> None:
