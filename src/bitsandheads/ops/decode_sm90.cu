@@ -1,8 +1,8 @@
 // Decode attention on packed bits, for Hopper GPUs. docs/kernels.md explains the ideas; quant/planes.py and quant/tile.py are the layout's only definition.
 //
 // Two kernels; the second starts while the first still runs (programmatic dependent launch):
-//   attend   runs over tiles and whole-precision tokens and writes partial results; for each head it begins with packed tiles of, it rotates the queries, scales
-//            them to fit fp16 and lays them out as the fragments that it multiplies by;
+//   attend   rotates the queries of the heads whose tiles it reads, scales them to fit fp16 and lays them out as the fragments that it multiplies by; runs over
+//            tiles and whole-precision tokens and writes partial results;
 //   merge    merges the partial results of query rows in a fixed order (reruns are bit-identical), rotates back and writes output and lse.
 //
 // Work of attend is counted in *units*: one packed tile, or RAW_TOKENS whole-precision tokens. A *head* below is one (set, sequence, KV head, block of 8 query rows).
