@@ -13,7 +13,6 @@ runs/tiny-reasoner.yaml, and what RUNS changes.
 import argparse
 import csv
 import json
-import os
 import shutil
 import tempfile
 import time
@@ -38,6 +37,7 @@ from bitsandheads.seam import disable_gates, enable_gates
 from bitsandheads.tasks import reasoning
 
 ROOT = Path(__file__).parents[1]
+MODEL = "models/tiny-reasoner"
 CONFIG = ROOT / "runs" / "tiny-reasoner.yaml"
 SCORES = ROOT / "benchmarks" / "results" / "head-scores"
 PLOT = ROOT / "docs" / "heads-training.svg"
@@ -87,7 +87,7 @@ def reinforce(name: str, model: Any, tokenizer: Any, output: Path, changes: dict
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         scores = train(
-            model, tokenizer, read_problems(source), reasoning.score, config, run, data=POOL, commit=__version__,
+            model, tokenizer, read_problems(source), reasoning.score, config, run, data=POOL, commit=__version__, name=MODEL,
             say=lambda line: print(line, flush=True),
         )  # fmt: skip
         shutil.copy(run / "log.csv", output / f"{name}.csv")
@@ -108,7 +108,7 @@ def distilled(name: str, model: Any, tokenizer: Any, output: Path, changes: dict
         batches, data = passkey_batches(text, config), "passkeys in the facts of problems"
     rows = []
     started = time.time()
-    scores = distill(model, batches, config, lambda *row: rows.append(row), data=data, commit=__version__)
+    scores = distill(model, batches, config, lambda *row: rows.append(row), data=data, commit=__version__, name=MODEL)
     scores.save(output / f"{name}.tsv")
     with (output / f"{name}.csv").open("w", newline="") as file:
         csv.writer(file).writerows([("step", "relative_error", "gates_mean"), *rows])
@@ -216,7 +216,7 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     if args.name in ("plot", "averaged"):
         return {"plot": plot, "averaged": averaged}[args.name](args.output)
-    model, tokenizer = load(os.path.relpath(ROOT / "models" / "tiny-reasoner"))  # the name in the scores
+    model, tokenizer = load(str(ROOT / MODEL))
     if args.name == "check":
         check(model, tokenizer, args.output)
     elif args.name == "curriculum":

@@ -183,7 +183,8 @@ def test_command_line(tmp_path):
     assert "cache" in call("train", *common, "--dry-run") and not (tmp_path / "run").exists()
     said = call("train", *common)
     assert "step 2/2" in said and "sparsity" in said and "tokens/s" in said
-    assert HeadScores.from_pretrained(tmp_path / "run").seed == 0
+    found = HeadScores.from_pretrained(tmp_path / "run")
+    assert found.seed == 0 and found.model == str(tmp_path / "model")
     assert any((tmp_path / "run" / "tensorboard").iterdir())
     (tmp_path / "text.txt").write_text("!uvwxyz?abcd" * 40)
     (tmp_path / "d.yaml").write_text("{length: 48, passkeys: 2, passkey_tokens: 6, cue: 2, sink: 1, recent: 4}")

@@ -81,7 +81,8 @@ def train(
     if state.device.type == "cuda":
         torch.cuda.set_device(state.device)
     loaded, tokenizer = load(model, str(state.device))
-    scores = run(loaded, tokenizer, samples, get_reward(chosen.reward), chosen, output, resume, data=problems, commit=__version__, say=_say)
+    header = {"data": problems, "commit": __version__, "name": model}
+    scores = run(loaded, tokenizer, samples, get_reward(chosen.reward), chosen, output, resume, say=_say, **header)
     if state.is_main_process:
         _say(f"{output / 'head_scores.tsv'}: {scores.values.size} gates, mean {scores.values.mean():.3f}")
 
@@ -155,4 +156,4 @@ def distill(
         if step % max(chosen.steps // 20, 1) == 0:
             _say(f"step {step}/{chosen.steps}  relative error {error:.4f}  mean gate {mean:.3f}")
 
-    d.distill(loaded, batches, chosen, progress, data=str(text or problems), commit=__version__).save(output)
+    d.distill(loaded, batches, chosen, progress, data=str(text or problems), commit=__version__, name=model).save(output)

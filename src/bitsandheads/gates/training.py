@@ -146,6 +146,7 @@ def train(
     resume: bool = False,
     data: str = "",
     commit: str = "",
+    name: str = "",
     say: Callable[[str], None] = print,
 ) -> HeadScores:
     """Train the gates of a model; the folder `output` gets head_scores.tsv at the end.
@@ -158,7 +159,7 @@ def train(
         reward: of a problem and an output's text; what it raises ends the run.
         config: see TrainConfig.
         resume: go on from the newest checkpoint in `output`; on a CPU the scores are then those of a run that was not interrupted.
-        data, commit: for the scores' header.
+        data, commit, name: for the scores' header; name is the model's, empty: as its configuration has it.
         say: is given a line for each step.
     Raises:
         CacheStateError: `output` holds another run, or one that is not resumed.
@@ -182,7 +183,7 @@ def train(
         about = {k: getattr(config, k) for k in ("penalty", "beta", "tau", "average")}
         scores = HeadScores.of(
             ranked(torch.stack(trainer.history), config.average), model, "rlkv", sink=config.sink, recent=config.recent, data=data,
-            seed=config.seed, commit=commit, extra={"steps": trainer.state.global_step} | about,
+            seed=config.seed, commit=commit, name=name, extra={"steps": trainer.state.global_step} | about,
         )  # fmt: skip
         if main:
             scores.save_pretrained(output)
