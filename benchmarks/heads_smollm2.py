@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--scores", type=Path, default=Path(__file__).parent / "results" / "head-scores-smollm2")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
-    records = [r for folder in args.folders for r in read_records(folder)]
+    records = list({(r["task"], r["plan"], r["id"]): r for folder in args.folders for r in read_records(folder)}.values())
     texts = {r["plan"]: r for r in fidelity.summarise([r for r in records if r["task"] == fidelity.TASK])}
     answers = {r["plan"]: r for r in summarise([r for r in records if r["task"] == "needle"])}
     rows = []
