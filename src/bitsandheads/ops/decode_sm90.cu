@@ -192,7 +192,7 @@ struct Parts { int count, raw, raw_each, each; };             // CTAs; of them w
 __device__ __forceinline__ Parts parts_of(int raw, int tiles, int parts) {
   Parts x = {0, 0, 0, 0};
   if (parts >= SEPARATE_PARTS && raw && tiles) {
-    x.raw_each = max(divide_up(raw, max((u32)(parts * raw) / (u32)(raw + tiles), 1u)), 2 * WARPS);   // two rounds of the warps take no longer than one tile
+    x.raw_each = divide_up(raw, max((u32)(parts * raw) / (u32)(raw + tiles), 1u));
     x.raw = divide_up(raw, x.raw_each);
   }
   const int rest = (x.raw ? 0 : raw) + tiles;
