@@ -15,7 +15,6 @@ from bitsandheads.errors import BackendError, NotFiniteError
 from bitsandheads.layer import CompressedLayer, read_mask
 from bitsandheads.methods import get_plan
 from bitsandheads.ops.append import Growing
-from bitsandheads.ops.pack import _number as pack_number
 from bitsandheads.plan import HeadGroup, LayerShape, Window
 from bitsandheads.quant.codec import Basis, HalfCodec, principal_axes
 from bitsandheads.quant.spec import AxisClass, KVQuant, TensorQuant
@@ -94,17 +93,33 @@ def check_pack(quant: KVQuant, dim: int, dtype: torch.dtype, device: str = "cpu"
                 compare(half, got[b : b + 1, :, first : first + n, part], want[b : b + 1, :, first : first + n, part], y)
 
 
+def steps_of(half: HalfLayout, data: Tensor) -> tuple[Tensor, Tensor]:
+    """The stored steps, and those of the axes that have a centre."""
+    steps, centres = half.read_metadata(data)
+    if half.spec.per == "token":
+        return steps, steps[..., : centres.shape[-1]]
+    wide = steps.new_zeros(*steps.shape[:-1], half.head_dim)
+    wide[..., half.step_axes] = steps
+    return steps, wide[..., half.centre_axes]
+
+
 def compare(half: HalfLayout, got: Tensor, want: Tensor, y: Tensor) -> None:
     """Both packed the axes y [B, h, T, D] alike, but where rounding decides: metadata are within a unit in the last place, or what an error
-    of 2^-16 of the axes makes (fixed rotations are two bfloat16 parts); a code is another one only where two codes are equally near."""
+    of 2^-16 of the axes makes (fixed rotations are two bfloat16 parts), or, rarely, what one token makes whose first code, before the least
+    squares of gaussian levels, is a tie; a code is another one only where two codes are equally near."""
+    fitted = any(c.levels == "gaussian" for c in half.spec.classes)
     moved = half.read_codes(got) != half.read_codes(want)
     share = moved.float().mean().item()
     assert share <= 5e-3, f"{share} of the codes differ"
     ulp, smallest = (2**-3, 2**-15) if half.fmt == "fp8" else (2**-10, 2**-24)
     size = y.square().mean().sqrt()
-    for a, b in zip(half.read_metadata(got), half.read_metadata(want), strict=True):
+    beyond, numbers = 0, 0
+    for a, b, step in zip(half.read_metadata(got), half.read_metadata(want), steps_of(half, want), strict=True):
         limit = ulp * b.abs() + (smallest * b.abs().amax(-1, keepdim=True) if b.numel() else 0) + 2**-16 * size
-        assert ((a - b).abs() <= limit).all(), f"metadata differ by {((a - b).abs() - limit).max().item()} more than allowed"
+        above = (a - b).abs() - limit
+        beyond, numbers = beyond + (above > 0).sum().item(), numbers + b.numel()
+        assert (above <= step * (4 / half.group_size if fitted else 0)).all(), f"metadata differ by {above.max().item()} more than allowed"
+    assert beyond <= 2e-3 * numbers, f"{beyond} of {numbers} metadata differ"
     restored = [half.read(t).flatten(2, 3) for t in (got, want)]
     away = [(r - y).abs() for r in restored]
     by_distance = torch.ones(half.head_dim, dtype=torch.bool, device=y.device)
@@ -304,10 +319,9 @@ def test_operators() -> None:
     layout = TileLayout.of(MINMAX, 16)
     tiles, status = torch.zeros(1, 2, 2, layout.nbytes, dtype=torch.uint8), torch.zeros(1, dtype=torch.int32)
     x, jobs = torch.randn(1, 2, 128, 16), torch.tensor([[0], [1], [1]], dtype=torch.int32)
-    number = pack_number(layout, "keys", ())
     torch.library.opcheck(
         torch.ops.bitsandheads.pack.default,
-        (x, tiles, jobs, 1, False, number, [], None, None, status, "reference"),
+        (x, tiles, jobs, 1, False, layout.number, "keys", "", [], None, None, status, "reference"),
         test_utils="test_schema",
     )
     (s,) = growing()

@@ -15,19 +15,7 @@ from ..quant.tile import HalfLayout, TileLayout
 from .backends import resolve_packing, say_once
 
 Which = Literal["keys", "values"]
-Description = tuple[TileLayout, Which, tuple[str, ...]]
 CUDA_PACKS = ("cuda",)  # backends that pack with the CUDA kernel where it covers the tokens
-_DESCRIPTIONS: list[Description] = []
-_NUMBERS: dict[Description, int] = {}
-
-
-@torch.compiler.assume_constant_result  # a compiled step must find the description registered when it runs
-def _number(layout: TileLayout, which: Which, names: tuple[str, ...]) -> int:
-    description = (layout, which, names)
-    if description not in _NUMBERS:
-        _NUMBERS[description] = len(_DESCRIPTIONS)
-        _DESCRIPTIONS.append(description)
-    return _NUMBERS[description]
 
 
 def kernels_failed(error: Exception, what: str, backend: str) -> None:
@@ -82,8 +70,9 @@ def pack(
         NotFiniteError: the reference met a step or centre that cannot be stored.
         BackendError: a backend was named that cannot run here or does not cover these tokens.
     """
-    number = _number(layout, which, tuple(basis))
-    torch.ops.bitsandheads.pack(x, tiles, jobs, most, due, number, list(basis.values()), skip, weight, status, backend)
+    torch.ops.bitsandheads.pack(
+        x, tiles, jobs, most, due, layout.number, which, ",".join(basis), list(basis.values()), skip, weight, status, backend
+    )
 
 
 def pack_with_kernels(
@@ -105,12 +94,12 @@ def pack_with_kernels(
 
 @torch.library.custom_op("bitsandheads::pack", mutates_args=("tiles", "status"))
 def _pack(
-    x: Tensor, tiles: Tensor, jobs: Tensor, most: int, due: bool, description: int, basis: list[Tensor], skip: Tensor | None,
-    weight: Tensor | None, status: Tensor, backend: str,
+    x: Tensor, tiles: Tensor, jobs: Tensor, most: int, due: bool, layout: int, which: str, names: str, basis: list[Tensor],
+    skip: Tensor | None, weight: Tensor | None, status: Tensor, backend: str,
 ) -> None:  # fmt: skip
-    layout, which, names = _DESCRIPTIONS[description]
-    half, base = (layout.keys, 0) if which == "keys" else (layout.values, layout.keys.nbytes)
-    named = dict(zip(names, basis, strict=True))
+    keys, values = TileLayout.numbered(layout).keys, TileLayout.numbered(layout).values
+    half, base = (keys, 0) if which == "keys" else (values, keys.nbytes)
+    named = dict(zip(names.split(",") if names else [], basis, strict=True))
     if packing_backend(x, backend) == "triton":
         from triton.errors import TritonError
 
@@ -124,8 +113,8 @@ def _pack(
 
 @_pack.register_fake
 def _(
-    x: Tensor, tiles: Tensor, jobs: Tensor, most: int, due: bool, description: int, basis: list[Tensor], skip: Tensor | None,
-    weight: Tensor | None, status: Tensor, backend: str,
+    x: Tensor, tiles: Tensor, jobs: Tensor, most: int, due: bool, layout: int, which: str, names: str, basis: list[Tensor],
+    skip: Tensor | None, weight: Tensor | None, status: Tensor, backend: str,
 ) -> None:  # fmt: skip
     return None
 

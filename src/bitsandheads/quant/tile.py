@@ -15,7 +15,7 @@ group_size tokens; factors [groups, 2] (fp8 only) are fp16: what the group's ste
 per="token" there is one group with steps [tokens * blocks of 32 channels] and centres alike.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
@@ -239,12 +239,35 @@ class HalfLayout:
         return torch.addcmul(centre[..., None, :], y, step[..., None, :]).flatten(-3, -2)
 
 
+_LAYOUTS: list["TileLayout"] = []
+_NUMBERS: dict[tuple[HalfLayout, HalfLayout], int] = {}
+
+
 @dataclass(frozen=True)
 class TileLayout:
-    """The whole tile of a quantizer at one head_dim."""
+    """The whole tile of a quantizer at one head_dim.
+
+    Attributes:
+        number: of this layout in this process, for operators, which take numbers but no layouts. See `numbered`.
+    """
 
     keys: HalfLayout
     values: HalfLayout
+    number: int = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        number = _NUMBERS.setdefault((self.keys, self.values), len(_NUMBERS))
+        object.__setattr__(self, "number", number)
+        if number == len(_LAYOUTS):
+            _LAYOUTS.append(self)
+
+    def __reduce__(self) -> tuple[type["TileLayout"], tuple[HalfLayout, HalfLayout]]:
+        return TileLayout, (self.keys, self.values)  # another process has other numbers
+
+    @staticmethod
+    def numbered(number: int) -> "TileLayout":
+        """The layout with this number."""
+        return _LAYOUTS[number]
 
     @classmethod
     def of(cls, quant: KVQuant, head_dim: int, values: TensorQuant | None = None) -> "TileLayout":
