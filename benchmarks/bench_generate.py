@@ -12,8 +12,8 @@ decode steps, model and cache included. Rows marked `largest` have the largest b
 agrees. `longest` holds the longest context whose cache can be allocated beside the model, by bisection; `prefill` the seconds and the allocator's
 peak of a whole prompt that the model reads into the cache itself.
 
-A row that fails is kept with its `error`. Rows are written as they come; rows that the file holds are not measured again (but those that failed
-for another cause than memory are), so a job that is cut short goes on where it was.
+A row that fails is kept with its `error`. Rows are written as they come; rows that the file holds are not measured again, so a job that is cut short
+goes on where it was. Those that failed for another cause than memory are, and so are those marked `again`, which an earlier version measured.
 
     python benchmarks/bench_generate.py --out benchmarks/results/generate-h100.json [--only REGEX] [--minutes N] [--device cpu --tiny]
 """
@@ -497,7 +497,7 @@ def run(args: argparse.Namespace) -> None:
     done = set()
     for kind in ("rows", "longest", "prefill"):
         data[kind] = [r for r in data[kind] if "error" not in r or "OutOfMemory" in r["error"]]
-        done |= {r["point"] for r in data[kind]}
+        done |= {r["point"] for r in data[kind] if "again" not in r}
     bench = Bench(args.device)
     todo = [p for p in todo if p.name not in done and re.search(args.only, p.name)]
     if args.wait:
@@ -511,7 +511,8 @@ def run(args: argparse.Namespace) -> None:
             print(f"Time is up; {point.name} and what follows it are left. Run again to go on.")
             return
         row = bench.row(point)
-        data[point.kind if point.kind in data else "rows"].append(row)
+        kind = point.kind if point.kind in data else "rows"
+        data[kind] = [*(r for r in data[kind] if r["point"] != point.name), row]
         write(args.out, data)
         print(point.name, {k: round(v, 3) if isinstance(v, float) else v for k, v in list(row.items())[5:]}, flush=True)
 

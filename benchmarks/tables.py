@@ -232,11 +232,40 @@ def heads_smollm2() -> list[str]:
     return lines
 
 
+def _or_dash(value: float | None, unit: float, places: int) -> str:
+    return "-" if value is None else f"{value / unit:.{places}f}"
+
+
+def generate() -> list[str]:
+    data = json.loads((RESULTS / "generate-h100.json").read_text())
+    lines = [
+        "| model | context | batch | plan | ms per step | tokens/s | times `bf16` | cache, GB | peak, GB | prompt, s (sequences) | of which packing, s |",
+        "|---" * 11 + "|",
+    ]
+
+    def place(r: dict) -> tuple:
+        return r["model"], r["context"], r.get("largest", False), 0 if r.get("largest") else r["batch"]
+
+    base = {place(r): r["tokens_per_s"] for r in data["rows"] if r["plan"] == "bf16" and "error" not in r}
+    for r in sorted(data["rows"], key=place):
+        batch = f"{r['batch']}{' (largest)' if r.get('largest') else ''}"
+        start = f"| {r['model']} | {r['context']:,} | {batch} | `{r['plan']}` |"
+        if "error" in r:
+            lines.append(f"{start} {r['error'].split(':')[0]} | | | | | | |")
+            continue
+        times = f"{r['tokens_per_s'] / base[place(r)]:.2f}" if place(r) in base else "-"
+        prompt = f"{r['prefill_s']:.2f} ({r['prefilled_sequences']}) | {_or_dash(r.get('packing_s'), 1, 3)}"
+        size = f"{_or_dash(r.get('cache_bytes'), 1e9, 2)} | {_or_dash(r.get('peak_bytes'), 1e9, 1)}"
+        lines.append(f"{start} {r['ms_per_step']:.2f} | {r['tokens_per_s']:,.0f} | {times} | {size} | {prompt} |")
+    return lines
+
+
 TABLES: dict[str, Callable[[], list[str]]] = {
     "presets": presets,
     "presets-by-length": presets_by_length,
     "decode": decode,
     "decode-qwen": decode_qwen,
+    "generate": generate,
     "heads-reasoner": heads_reasoner,
     "heads-reasoner-long": partial(heads_reasoner, "long_"),
     "heads-ablations": heads_ablations,
