@@ -80,7 +80,7 @@ def resolve_backend(backend: str, device: torch.device) -> str:
 
 
 def resolve_packing(backend: str, device: torch.device) -> str:
-    """The backend of packing and appending, "triton" or "reference": the CUDA backend has no kernels of its own for them.
+    """The backend of packing and appending, "triton" or "reference". What CUDA kernels do of it for "cuda": see ops.pack.pack_with_kernels.
 
     Raises:
         BackendError: a backend was named that cannot run here, or that does not exist.
