@@ -54,7 +54,7 @@ class Config:
     lr: float = 2e-3
     weight_decay: float = 0.05
     warmup: int = 200
-    decay: float = 0.4
+    decay: float = 0.6
     asked: int = 16
     stages: tuple[tuple[float, int, int], ...] = ((0.3, 8, 128), (0.2, 16, 64), (0.5, 32, 32))
     compiled: bool = True
@@ -78,7 +78,7 @@ CONFIGS = {
         warmup=5,
     ),
 }
-PLACE_STD = 0.15  # of the initial position embeddings of patches
+PLACE_STD = 0.4  # of the initial position embeddings of patches
 PLACE_WAVES = 6  # cosines along each axis that they are made of
 
 
