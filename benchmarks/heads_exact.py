@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from heads_tiny_reasoner import LONG, ROOT, SCORES, SPARSITIES, WHOLE, Cell, plan_of
+from heads_tiny_reasoner import FINER, LONG, ROOT, SCORES, SPARSITIES, WHOLE, Cell, plan_of
 from rich.progress import track
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -91,7 +91,7 @@ def main() -> None:
         return plot(json.loads(args.output.read_text())["rows"], args.plot)
     model, _ = load(str(args.model), "cpu")
     sources = sorted(p.stem for p in args.scores.glob("*.tsv"))
-    cells = [Cell(WHOLE, 0.0)] + [Cell(name, s) for name in sources for s in sorted(SPARSITIES)]
+    cells = [Cell(WHOLE, 0.0)] + [Cell(name, s) for name in sources for s in sorted((*SPARSITIES, *FINER))]
     heads = {c: windowed_heads(c, args.scores) for c in cells}
     known = json.loads(args.output.read_text()) if args.output.is_file() else {"rows": []}
     right = {r["plan"]: [c == "1" for c in r["right"]] for r in known["rows"]}

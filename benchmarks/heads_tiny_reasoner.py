@@ -39,7 +39,7 @@ RESULT = ROOT / "benchmarks" / "results" / "heads-tiny-reasoner.json"
 PLOT = ROOT / "docs" / "heads-tiny-reasoner.svg"
 SCORES = ROOT / "benchmarks" / "results" / "head-scores"
 SPARSITIES = (0.5, 0.8, 0.2, 0.4, 0.6)  # the most telling first
-FINER = 0.7  # for scores only
+FINER = (0.7, 0.625)  # for scores only
 BATCHES = ((3, 4), (0, 1, 2))  # levels that are answered together
 LONG = 2  # problems of this level on are longer than prompt and solution of 32 + 128 tokens
 SPARE = 32  # an answer may be so many tokens longer than the longest solution of its batch
@@ -92,7 +92,7 @@ def cells(sources: list[str]) -> list[Cell]:
     out = [Cell(WHOLE, 0.0)]
     for s in SPARSITIES:
         out += [Cell(name, s) for name in (*found, *random[:1], *METHODS)]
-    out += [Cell(name, FINER) for name in (*found, *random)]
+    out += [Cell(name, s) for s in FINER for name in (*found, *random)]
     out += [Cell(WHOLE, 0.0, bits) for bits in ("balanced-short", "extreme-short")]
     out += [Cell(name, s) for name in random[1:] for s in SPARSITIES]
     if best:

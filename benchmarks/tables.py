@@ -207,7 +207,7 @@ def heads_exact() -> list[str]:
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for name in dict.fromkeys(r["scores"] for r in rows if r["sparsity"]):
         own = {r["sparsity"]: r for r in rows if r["scores"] == name}
-        cells = [f"{own[s]['unchanged']:.2f} [{own[s]['low']:.2f}, {own[s]['high']:.2f}]" for s in sparsities]
+        cells = [f"{own[s]['unchanged']:.2f} [{own[s]['low']:.2f}, {own[s]['high']:.2f}]" if s in own else "-" for s in sparsities]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return lines
 

@@ -45,7 +45,7 @@ def test_cells_are_named_apart_and_cover_every_source() -> None:
     cells = bench.cells(["ablation", "mass", "random-0", "random-1", "rlkv-0"])
     assert len({c.name for c in cells}) == len(cells) and cells[0].name == "bf16"
     for source in ("ablation", "mass", "random-0", "random-1", "rlkv-0", *bench.METHODS):
-        wanted = {*bench.SPARSITIES} if source in bench.METHODS else {*bench.SPARSITIES, bench.FINER}
+        wanted = {*bench.SPARSITIES} if source in bench.METHODS else {*bench.SPARSITIES, *bench.FINER}
         assert {c.sparsity for c in cells if c.scores == source and c.bits == "bf16" and c.sink == 32} == wanted
     for bits in ("balanced-short", "extreme-short"):
         assert {c.sparsity for c in cells if c.bits == bits} == {0, *bench.SPARSITIES}
@@ -82,14 +82,14 @@ def test_run_and_merge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         run = Namespace(**vars(args), **common, engine=engine, only=only)
         run.output = args.output / (only or "rest")
         bench.run(run)
-        assert len(bench.whole_cells(args.output, engine, 6)) == (len(bench.SPARSITIES) + 2 if engine == "mask" else 1 + (only[0] == "b"))
+        assert len(bench.whole_cells(args.output, engine, 6)) == (len(bench.SPARSITIES) + 3 if engine == "mask" else 1 + (only[0] == "b"))
         bench.run(run)  # nothing is left to do
     bench.merge(Namespace(**vars(args), **common))
     data = json.loads((tmp_path / "r.json").read_text())
     found = {(r["engine"], r["scores"], r["sparsity"]) for r in data["rows"]}
     assert found == {
         ("cache", "h2o", 0.5), ("cache", "random-0", 0.5), ("mask", "all heads", 0),
-        *(("mask", "random-0", s) for s in (*bench.SPARSITIES, bench.FINER)),
+        *(("mask", "random-0", s) for s in (*bench.SPARSITIES, *bench.FINER)),
     }  # fmt: skip
     for r in data["rows"]:
         assert r["n"] == 6 == len(r["right"]) and r["accuracy"] == r["right"].count("1") / 6
