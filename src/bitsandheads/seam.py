@@ -454,9 +454,8 @@ class CompressedCacheLayer(CacheLayerMixin):
             fixed.before(key_states.shape[2])
             fixed.check_room(int(self.get_seq_length()) + key_states.shape[2])
         if fixed is not None and fixed.running:
-            if (
-                not torch.compiler.is_compiling()
-            ):  # a compiled step must not depend on what the layer holds; its operator looks at the batch
+            # a compiled step must not depend on what the layer holds; its operator looks at the batch
+            if not torch.compiler.is_compiling():
                 self.layer.check(key_states, value_states)
             if first:
                 fixed.clock.add_(1)
