@@ -104,6 +104,11 @@ def test_patches_get_smooth_places(model) -> None:
     assert 1.2 * near < far
 
 
+def test_halving_is_the_models_pooling(model) -> None:
+    patches = torch.randn(5, 144, 16)
+    torch.testing.assert_close(tv.halve(patches), model.model.apply_pooling(patches))
+
+
 def test_a_short_run(tmp_path: Path) -> None:
     """Two stages on a CPU: log, weights that load, an evaluation."""
     config = replace(tv.CONFIGS["test"], asked=3, stages=((0.5, 8, 2), (0.5, 9, 2)))
