@@ -1,31 +1,40 @@
 """Accuracy by kind of question of the tiny video model under every plan, and ablations of VidKV's choices.
 
-    python benchmarks/video_tiny.py --model models/tiny-video --output benchmarks/results/video-tiny.json
+    python benchmarks/video_tiny.py run --output runs/video --shard 0/4 &   # as many processes as there are cores and memory for
+    python benchmarks/video_tiny.py merge --output runs/video               # -> benchmarks/results/video-tiny.json
 
-Each question is asked after its clip has been packed (bitsandheads.eval.clips). Records are kept in --runs as they come; the same command
-goes on after a kill. A GPU answers 2,048 questions in about 20 seconds for each plan.
+Each question is asked after its clip has been packed (bitsandheads.eval.clips). Plans stand in order of importance and are dealt to the
+shards in turn; each shard has a run folder of its own, so a killed one goes on where it stopped. A plan that is whole in any folder is not
+run again. With --seconds a shard starts no plan that would not end in time.
 """
 
 import argparse
+import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from rich.console import Console
-from rich.progress import Progress
 
 from bitsandheads import CachePlan, HeadGroup, Salience, TensorQuant, get_plan, preset_names
-from bitsandheads.demo import versions, write_json
-from bitsandheads.eval.clips import ask_packed, clip_task
+from bitsandheads.demo import write_json
+from bitsandheads.eval.clips import ask_packed, clip_task, halve
 from bitsandheads.eval.runner import evaluate, plan_cache
-from bitsandheads.eval.runs import RunFolder
-from bitsandheads.eval.summary import summarise
+from bitsandheads.eval.runs import RunFolder, read_records
+from bitsandheads.eval.summary import BASE, row_of, summarise
 from bitsandheads.methods.vidkv import SALIENT_SHARE
 from bitsandheads.quant.spec import AxisClass, KVQuant
+from bitsandheads.tasks import video
 
+ROOT = Path(__file__).resolve().parent.parent
+RESULT = ROOT / "benchmarks" / "results" / "video-tiny.json"
 LONG = 32768
+FIRST = (BASE, "balanced", "extreme", "kivi-2")  # the most telling plans
+RIVAL = "balanced"  # the plan that all others are compared with, beside bf16
+COMPARED = ("difference", "difference_low", "difference_high", "p", "verdict")
+FIGURES = ("plan", "kind", "n", "accuracy", "low", "high", "bits_per_element", *COMPARED)
 
 
 def changed(base: str, name: str, **changes: Any) -> CachePlan:
@@ -64,62 +73,107 @@ def ablations() -> list[CachePlan]:
     return plans
 
 
-def rows_of(records: list[dict[str, Any]], plans: dict[str, CachePlan], group: dict[str, str], config: Any) -> list[dict[str, Any]]:
-    """The rows of the results file: every plan by kind and in all."""
-    wanted = (
-        "plan",
-        "kind",
-        "n",
-        "accuracy",
-        "low",
-        "high",
-        "bits_per_element",
-        "difference",
-        "difference_low",
-        "difference_high",
-        "p",
-        "verdict",
-    )
-    found = [r | {"kind": "all"} for r in summarise(records)] + summarise(records, by=["kind"])
-    return [
-        {k: r[k] for k in wanted} | {"bits_per_element_at_32k": plans[r["plan"]].bits_for(config, LONG), "group": group[r["plan"]]}
-        for r in found
-    ]
+def plans() -> dict[str, tuple[str, CachePlan]]:
+    """Name -> its group ("setting": a preset, or "ablation") and the plan, the most important first."""
+    names = [*FIRST, *(n for n in preset_names() if n not in FIRST)]
+    return {n: ("setting", get_plan(n)) for n in names} | {p.name: ("ablation", p) for p in ablations()}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="models/tiny-video")
-    parser.add_argument("--questions", type=int, default=2048)
-    parser.add_argument("--frames", type=int, default=32)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--plans", nargs="*", default=None, help="default: all presets and the ablations")
-    parser.add_argument("--runs", type=Path, default=Path("video-tiny-run"), help="folder of the records")
-    parser.add_argument("--output", type=Path, required=True)
-    args = parser.parse_args()
-    from bitsandheads.tasks import video
+def same_plan() -> dict[str, str]:
+    """Name -> the first name of a plan with the same head groups; that one is run for all of them."""
+    first: dict[Any, str] = {}
+    return {name: first.setdefault(plan.groups, name) for name, (_, plan) in plans().items()}
 
+
+def records_of(output: Path) -> dict[str, dict[str, dict[str, Any]]]:
+    """Plan -> id -> record, from all run folders below a folder."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for path in sorted(output.rglob("run.json")):
+        for r in read_records(path.parent):
+            found.setdefault(r["plan"], {})[r["id"]] = r
+    return found
+
+
+def run(args: argparse.Namespace) -> None:
+    """The plans of one shard, one after the other."""
+    started, longest = time.perf_counter(), 0.0
+    number, shards = (int(x) for x in args.shard.split("/"))
+    whole = {plan for plan, records in records_of(args.output).items() if len(records) == args.questions}
+    wanted = [name for name in dict.fromkeys(same_plan()[n] for n in args.only or plans()) if name not in whole]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     model = transformers.AutoModelForImageTextToText.from_pretrained(args.model, dtype=dtype).to(device).eval()
-    settings = [get_plan(p) for p in (preset_names() if args.plans is None else args.plans)]
-    others = ablations() if args.plans is None else []
-    plans = {p.name: p for p in [*settings, *others]}
-    group = {p.name: "setting" for p in settings} | {p.name: "ablation" for p in others}
+    model.model.apply_pooling = halve
     task = clip_task(model.config, list(video.samples(args.questions, "test", args.frames)), device)
-    config = {"model": str(args.model), "questions": args.questions, "frames": args.frames, "batch": args.batch, "plans": list(plans)}
-    with RunFolder(args.runs, config) as folder, Progress(console=Console()) as bar:
-        line = bar.add_task("questions", total=args.questions * len(plans))
-        caches = {name: plan_cache(plan) for name, plan in plans.items()}
-        evaluate(model, tokenizer, task, caches, folder, batch_size=args.batch, tick=lambda n: bar.advance(line, n), generate=ask_packed)
-        rows = rows_of(folder.records(), plans, group, model.config)
-    write_json(config | {"versions": versions(), "rows": rows}, args.output)
+    config = {"model": args.model.name, "dtype": str(dtype), "questions": args.questions, "frames": args.frames}
+    config |= {"batch": args.batch, "backend": args.backend}
+    with RunFolder(args.output / f"shard-{device}-{number}-of-{shards}", config) as folder:
+        for name in wanted[number::shards]:
+            if args.seconds - (time.perf_counter() - started) < 1.2 * longest:
+                print(f"shard {number}: no time left for plans from {name} on", flush=True)
+                break
+            begun = time.perf_counter()
+            caches = {name: plan_cache(plans()[name][1], args.backend)}
+            evaluate(model, tokenizer, task, caches, folder, batch_size=args.batch, generate=ask_packed)
+            longest = max(longest, time.perf_counter() - begun)
+            done = row_of([r for r in folder.records() if r["plan"] == name])
+            print(f"{time.strftime('%X')} {name:28} {longest:6.1f} s  {done['accuracy']:.3f}  {done['bits_per_element']:.2f}", flush=True)
+
+
+def rows_of(records: list[dict[str, Any]], config: Any) -> list[dict[str, Any]]:
+    """Every plan by kind and in all. versus_balanced: the same differences with RIVAL as the base; right: 1 for each question that was
+    answered, in the order of their ids (all kinds together only)."""
+    known = plans()
+    rows = []
+    for by in ([], ["kind"]):
+        against = summarise(records, by, RIVAL)
+        for r, rival in zip(summarise(records, by), against, strict=True):
+            group, plan = known[r["plan"]]
+            row = {k: ({"kind": "all"} | r)[k] for k in FIGURES} | {"bits_per_element_at_32k": plan.bits_for(config, LONG), "group": group}
+            row |= {f"versus_{RIVAL}": {k: rival[k] for k in COMPARED}}
+            if not by:
+                own = sorted((x for x in records if x["plan"] == r["plan"]), key=lambda x: x["id"])
+                row["right"] = "".join(str(int(x["score"])) for x in own)
+            rows.append(row)
+    return rows
+
+
+def merge(args: argparse.Namespace) -> None:
+    """Rows of the plans that were asked all questions."""
+    found = records_of(args.output)
+    records: list[dict[str, Any]] = []
+    for name, run_as in same_plan().items():
+        own = found.get(run_as, {}).values()
+        if len(own) == args.questions:
+            records += [r | {"plan": name} for r in own]
+        else:
+            print(f"missing or incomplete: {name} ({len(own)} of {args.questions})")
+    runs = [json.loads(path.read_text()) for path in sorted(args.output.rglob("run.json"))]
+    rows = rows_of(records, transformers.AutoConfig.from_pretrained(args.model))
+    about = {"model": args.model.name, "questions": args.questions, "frames": args.frames}
+    write_json(about | {"runs": [{k: r[k] for k in ("config", "versions", "commit")} for r in runs], "rows": rows}, args.result)
     for r in rows:
         if r["kind"] == "all":
-            print(
-                f"{r['plan']:28} {r['accuracy']:.3f} [{r['low']:.3f}, {r['high']:.3f}]  {r['bits_per_element']:.2f}  {r['bits_per_element_at_32k']:.2f}"
-            )
+            bits = f"{r['bits_per_element']:.2f}  {r['bits_per_element_at_32k']:.2f}"
+            print(f"{r['plan']:28} {r['accuracy']:.3f} [{r['low']:.3f}, {r['high']:.3f}]  {bits}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("run", "merge"))
+    parser.add_argument("--output", type=Path, required=True, help="folder of the shards' run folders")
+    parser.add_argument("--model", type=Path, default=ROOT / "models" / "tiny-video")
+    parser.add_argument("--questions", type=int, default=2048)
+    parser.add_argument("--frames", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--backend", default="reference", help="of the cache; the reference compiles nothing")
+    parser.add_argument("--only", nargs="+", choices=list(plans()), metavar="PLAN", help="default: all presets and the ablations")
+    parser.add_argument("--shard", default="0/1")
+    parser.add_argument("--seconds", type=float, default=1e9)
+    parser.add_argument("--result", type=Path, default=RESULT)
+    args = parser.parse_args()
+    {"run": run, "merge": merge}[args.command](args)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from bitsandheads.eval.clips import encode, pixels, video_tokens
+from bitsandheads.eval.clips import encode, halve, pixels, video_tokens
 from bitsandheads.tasks import video
 
 Model = transformers.LlavaOnevisionForConditionalGeneration
@@ -219,17 +219,6 @@ def place_patches(model: Model) -> None:
     waves = torch.cos(at[:, None] * torch.arange(1, PLACE_WAVES + 1, device=weight.device))  # [side, waves]
     code = torch.cat([waves[:, None].expand(-1, side, -1), waves[None].expand(side, -1, -1)], -1).flatten(0, 1)
     weight.copy_(code @ torch.randn(2 * PLACE_WAVES, weight.shape[1], device=weight.device) * PLACE_STD / PLACE_WAVES**0.5)
-
-
-def halve(frames: Tensor) -> Tensor:
-    """LLaVA-OneVision's pooling of a frame: patches of an even square, halved along both axes, by mean: [N, side * side, C] to [N, side * side / 4, C].
-
-    The same values as the class's bilinear `interpolate`, whose kernel gives all channels of all frames to one thread for each
-    pixel: 106 of the 147 ms of a training step on an H100.
-    """
-    n, places, channels = frames.shape
-    side = math.isqrt(places)
-    return frames.view(n, side // 2, 2, side // 2, 2, channels).mean((2, 4)).flatten(1, 2)
 
 
 class Step:

@@ -530,7 +530,8 @@ def frames_of(samples: Sequence[VideoSample], device: torch.device | str = "cpu"
     lengths = {s.clip[1] for s in samples}
     if len(lengths) != 1:
         raise VideoTaskError(f"The samples' clips have {sorted(lengths)} frames; render those of one length together.")
-    return render(simulate(torch.tensor([s.clip[0] for s in samples], device=device), lengths.pop())[0])
+    numbers, which = torch.tensor([s.clip[0] for s in samples], device=device).unique(return_inverse=True)
+    return render(simulate(numbers, lengths.pop())[0])[which]
 
 
 def score(sample: Sample, output: str) -> float:
