@@ -17,8 +17,10 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         def wrapped(*args, **kwargs):
             out = make(*args, **kwargs)
             if out.dtype.is_floating_point and out.dtype.itemsize > 1:
-                return out.fill_(torch.nan)
-            return out if out.dtype in (torch.bool, torch.float8_e4m3fn) or out.is_complex() else out.fill_(0x2B)
+                out.detach().fill_(torch.nan)
+            elif out.dtype not in (torch.bool, torch.float8_e4m3fn) and not out.is_complex():
+                out.fill_(0x2B)
+            return out
 
         return wrapped
 

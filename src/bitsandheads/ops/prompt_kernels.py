@@ -54,10 +54,23 @@ def query_sums(q, k, counts, sums, k_b, k_h, k_t, heads, scale_log2, D: tl.const
 
 
 @triton.jit
-def key_mass(q, k, counts, sums, row_weight, mass, k_b, k_h, k_t, mass_b, mass_h, heads, splits, scale_log2, D: tl.constexpr,
-             DP: tl.constexpr, R: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, PARTS: tl.constexpr,
-             DOT: tl.constexpr):  # fmt: skip
-    """Mean probability that each key draws from the rows that see it. Program (block of keys, sequence and head); PARTS: at least `splits`."""
+def row_norms(sums, row_weight, norms, heads, splits, R: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr):
+    """What key_mass takes off a row's scores: log2 of the sum over all keys, less log2 of the row's weight; float32 [B h, R]. Program (block of
+    rows, sequence and head); PARTS: at least `splits`."""
+    bh = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    p = tl.arange(0, PARTS)[:, None]
+    part = tl.load(sums + (bh * splits + p) * R + row[None], mask=(p < splits) & (row < R)[None], other=float("-inf"))
+    most = tl.max(part, 0)
+    total = most + tl.log2(tl.sum(tl.exp2(part - most[None]), 0))
+    weight = tl.load(row_weight + bh // heads * N + row % N, mask=row < R, other=0.0)
+    tl.store(norms + bh * R + row, total - tl.log2(weight), mask=row < R)
+
+
+@triton.jit
+def key_mass(q, k, counts, norms, mass, k_b, k_h, k_t, mass_b, mass_h, heads, scale_log2, D: tl.constexpr, DP: tl.constexpr,
+             R: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
+    """Mean probability that each key draws from the rows that see it. Program (block of keys, sequence and head)."""
     bh = tl.program_id(1).to(tl.int64)
     b = bh // heads
     total = tl.load(counts + b)
@@ -71,14 +84,8 @@ def key_mass(q, k, counts, sums, row_weight, mass, k_b, k_h, k_t, mass_b, mass_h
         s = tl.dot(block, tl.trans(x), input_precision="ieee")
         if first + KEYS > total - N:
             s = tl.where(key[:, None] <= own[None], s, float("-inf"))
-        p = tl.arange(0, PARTS)
-        known = (p < splits)[:, None]
-        part = tl.load(sums + (bh * splits + p)[:, None] * R + row[None], mask=known & (row < R)[None], other=0.0)
-        part = tl.where(known, part, float("-inf"))
-        most = tl.max(part, 0)
-        norm = most + tl.log2(tl.sum(tl.exp2(part - most[None]), 0))
-        w = tl.load(row_weight + b * N + row % N, mask=row < R, other=0.0)
-        out += tl.sum(tl.exp2(s * scale_log2 - norm[None]) * w[None], 1)
+        norm = tl.load(norms + bh * R + row, mask=row < R, other=float("inf"))
+        out += tl.sum(tl.exp2(s * scale_log2 - norm[None]), 1)
     seen_by = tl.minimum(total - key, N).to(tl.float32)
     tl.store(mass + b * mass_b + (bh % heads) * mass_h + key, out / seen_by, mask=key < total)
 

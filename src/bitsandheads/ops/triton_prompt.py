@@ -47,13 +47,14 @@ def attention_mass(q: Tensor, weight: Tensor, k: Tensor, counts: Tensor, longest
     splits = max(1, min(triton.cdiv(longest, BLOCK), 2 * multiprocessors(q.device) // (blocks * bh)))
     sizes = {"D": dim, "DP": padded(dim), "R": rows, "N": n, "ROWS": BLOCK, "KEYS": BLOCK, "DOT": _operand(q)}
     options = {"num_warps": 4, "num_stages": 2} if dim <= 128 else {"num_warps": 8, "num_stages": 1}
-    sums = torch.empty(bh, splits, rows, device=q.device)
+    sums, norms = torch.empty(bh, splits, rows, device=q.device), torch.empty(bh, rows, device=q.device)
     kernels.query_sums[(blocks, splits, bh)](q, k, counts, sums, *k.stride()[:3], heads, scale * LOG2E, **sizes, **options)
+    parts = triton.next_power_of_2(splits)
+    kernels.row_norms[(blocks, bh)](sums, weight.contiguous(), norms, heads, splits, R=rows, N=n, ROWS=BLOCK, PARTS=parts)
     mass = torch.zeros(batch, heads, longest, device=q.device)
     kernels.key_mass[(triton.cdiv(longest, BLOCK), bh)](
-        q, k, counts, sums, weight.contiguous(), mass, *k.stride()[:3], *mass.stride()[:2], heads, splits, scale * LOG2E, **sizes,
-        PARTS=triton.next_power_of_2(splits), **options,
-    )  # fmt: skip
+        q, k, counts, norms, mass, *k.stride()[:3], *mass.stride()[:2], heads, scale * LOG2E, **sizes, **options
+    )
     return mass
 
 
