@@ -190,41 +190,51 @@ def test_a_compiled_step_needs_the_cache_itself() -> None:
         layer.step(torch.zeros(3, 4, 1, 16), torch.zeros(3, 2, 1, 16), torch.zeros(3, 2, 1, 16), 1.0)
 
 
-@pytest.mark.parametrize("works", [True, False])
-def test_steps_are_captured_once_in_a_call_of_generate(works: bool, monkeypatch, caplog) -> None:
-    """On a CPU a replay calls the captured step again and writes its logits to the same place, as a graph does."""
-    model, plan = tm.make("llama"), small("balanced")
-    start = plan.groups[0].quant.start_length
-    inputs = tm.left_padded([start - 10, start - 20])  # both sequences find their basis on the way, and buffers are entered anew
-    calls: list[str] = []
+class OnCpu:
+    """Lets `generate` capture steps on a CPU: a replay calls the captured step again and writes its logits to the same place, as a graph does."""
 
-    def capture(step):
-        calls.append("capture")
-        if not works:
+    def __init__(self, model, monkeypatch, works: bool = True) -> None:
+        self.model, self.works, self.calls = model, works, []
+        monkeypatch.setattr(
+            model, "get_compiled_call", lambda config: CapturedSteps(self.noted("compiled"), self.noted("other"), self.capture)
+        )
+        monkeypatch.setattr(model, "_valid_auto_compile_criteria", lambda *args: True)
+
+    def noted(self, name: str):
+        return lambda **kwargs: self.calls.append(name) or self.model(**kwargs)
+
+    def capture(self, step, pool):
+        self.calls.append("capture")
+        if not self.works:
             raise RuntimeError("operation not permitted when stream is capturing")
-        out = ModelOutput(logits=torch.empty(2, 1, model.config.vocab_size), past_key_values=cache)
+        packs = next(part.layer.step.packs for part in self.cache.layers)
+        out = ModelOutput(logits=torch.empty(2, 1, self.model.config.vocab_size), past_key_values=self.cache)
 
         def replay() -> None:
-            calls.append("replay")
-            out.logits.copy_(step().logits)
+            self.calls.append("packs" if packs else "plain")
+            with self.cache.fixed.packing(packs):
+                out.logits.copy_(step().logits)
 
         return replay, out
 
-    def noted(name: str):
-        return lambda **kwargs: calls.append(name) or model(**kwargs)
+    def generate(self, inputs, plan, capacity: int, new: int):
+        self.cache = bh.CompressedCache(plan, self.model, capacity=capacity)
+        return tm.generate(self.model, inputs, self.cache, new=new)
 
-    def steps(config):
-        return CapturedSteps(noted("compiled"), noted("other"), capture)
 
+@pytest.mark.parametrize("works", [True, False])
+def test_steps_are_captured_once_in_a_call_of_generate(works: bool, monkeypatch, caplog) -> None:
+    model, plan = tm.make("llama"), small("balanced")
+    start = plan.groups[0].quant.start_length
+    inputs = tm.left_padded([start - 10, start - 20])  # both sequences find their basis on the way, and buffers are entered anew
     expected = tm.generate(model, inputs, bh.CompressedCache(plan, model, capacity=start + 40), new=40, disable_compile=True)
-    model.get_compiled_call = steps
-    monkeypatch.setattr(model, "_valid_auto_compile_criteria", lambda *args: True)
-    cache = bh.CompressedCache(plan, model, capacity=start + 40)
-    got = tm.generate(model, inputs, cache, new=40)
+    run = OnCpu(model, monkeypatch, works)
+    got = run.generate(inputs, plan, start + 40, new=40)
     assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+    calls = run.calls
     if works:
-        assert calls.count("capture") == calls.count("compiled") - calls.count("replay") == 3  # at first, and after each start
-        assert calls.count("compiled") == 39 and "other" not in calls
+        assert calls.count("capture") == calls.count("compiled") - calls.count("plain") == 3  # at first, and after each start
+        assert calls.count("compiled") == 39 and not {"other", "packs"} & set(calls)
     else:
         assert calls.count("capture") == 1 and calls.count("other") == 38 and "cannot be captured" in caplog.text
     hidden = model.generate(
@@ -232,6 +242,34 @@ def test_steps_are_captured_once_in_a_call_of_generate(works: bool, monkeypatch,
         do_sample=False, output_hidden_states=True, return_dict_in_generate=True,
     )  # fmt: skip
     assert not torch.equal(hidden.hidden_states[1][-1], hidden.hidden_states[2][-1])  # not the same memory twice
+
+
+@pytest.mark.parametrize("plan", ["mixed", "composed"])
+def test_steps_that_pack_are_captured_for_themselves(plan: str, monkeypatch) -> None:
+    """Two sequences that pack in different steps; then a turn of no new token, which goes on in the middle of a tile, and one of seven."""
+    model, tile = tm.make("llama"), 16  # of both plans
+    run, expected = OnCpu(model, monkeypatch), bh.CompressedCache(PLANS[plan], model, capacity=400)
+    inputs = tm.left_padded([60, 51])
+    for more in (None, 0, 7):
+        if more is None:
+            got = run.generate(inputs, PLANS[plan], 400, new=100)
+            calls = list(run.calls)
+        else:
+            ids = torch.cat([got[0], tm.tokens(2, more, seed=4)], 1)
+            mask = torch.cat(
+                [inputs["attention_mask"], inputs["attention_mask"].new_ones(2, ids.shape[1] - inputs["input_ids"].shape[1])], 1
+            )
+            inputs = {"input_ids": ids, "attention_mask": mask}
+            got = tm.generate(model, inputs, run.cache, new=60)
+        with monkeypatch.context() as one_by_one:
+            one_by_one.setattr(model, "_valid_auto_compile_criteria", lambda *args: False)
+            want = tm.generate(model, inputs, expected, new=60 if more is not None else 100)
+        assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+    assert calls.count("capture") == 2 and calls.count("compiled") == 99
+    assert calls.count("packs") == 6 + 7 - 1  # steps 8, 24, ... 88 and 1, 17, ... 97, but for the first, which was called as it is
+    assert calls.count("plain") == 99 - 2 - calls.count("packs")
+    banks = [[s.bank.count for layer in c.compressed_layers() for s in layer.stores if hasattr(s, "bank")] for c in (run.cache, expected)]
+    assert banks[0] == banks[1] and min(map(min, banks[0])) >= (51 + 200 - 36) // tile
 
 
 def test_a_copied_model_compiles_its_own_step(monkeypatch) -> None:

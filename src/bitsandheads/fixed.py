@@ -5,6 +5,9 @@ The cache is in one of two states. On the host's side every layer works as in la
 `leave` go from one to the other; a prompt, crop, beams, saving and every report of memory happen on the host's side.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -37,6 +40,9 @@ class FixedCapacity:
         self.running, self.entered = False, 0
         self.clock = torch.zeros((), dtype=torch.int64)
         self.wakes: int | None = None  # the clock at which the next sequence finds its basis
+        self.tiles: set[tuple[int, int]] = (
+            set()
+        )  # when a sequence's next tile is full, by the clock, and how many tokens later the others are
 
     def before(self, tokens: int) -> None:
         """Called on the host before each pass with `tokens` new tokens of every sequence."""
@@ -67,9 +73,26 @@ class FixedCapacity:
         self.clock.fill_(tokens)
         for t in (self.clock, *(layer.step.cell for layer in self.layers if layer.step)):
             torch._dynamo.mark_static_address(t)
-        waiting = [s.steps_to_start() for layer in self.layers for s in layer.stores if isinstance(s, PackedStore)]
-        self.wakes = min((tokens + n for n in waiting if n is not None), default=None)
+        packed = [s for layer in self.layers for s in layer.stores if isinstance(s, PackedStore)]
+        self.wakes = min((tokens + n for n in (s.steps_to_start() for s in packed) if n is not None), default=None)
+        self.tiles = {(tokens + n, s.quant.tile) for s in packed for n in s.steps_to_pack()}
         self.running, self.entered = True, self.entered + 1
+
+    def packs_at(self, clock: int) -> bool:
+        """Whether a tile of some sequence becomes full in the step after which the clock shows this."""
+        return any(clock >= first and (clock - first) % tile == 0 for first, tile in self.tiles)
+
+    @contextmanager
+    def packing(self, packs: bool) -> Iterator[None]:
+        """Steps that are captured inside pack full tiles, or do without the launches for that."""
+        steps = [layer.step for layer in self.layers if layer.step is not None]
+        for step in steps:
+            step.packs = packs
+        try:
+            yield
+        finally:
+            for step in steps:
+                step.packs = True
 
     def leave(self) -> None:
         """Take the counts back, with one transfer."""

@@ -115,7 +115,8 @@ def test_captured_steps_give_what_steps_one_by_one_give(name: str, monkeypatch) 
         second = m.generate(longer, attention_mask=seen, max_new_tokens=150, min_new_tokens=150, **kwargs)
         results.append((second.sequences, torch.stack(first.logits + second.logits, 1)))
         assert cache.running
-    assert [steps.works and steps.replay is not None for steps in used] == [True, True]
+    assert [steps.works and steps.captured[False] is not None for steps in used] == [True, True]
+    assert name == "half" or all(True in steps.captured for steps in used)  # steps that pack
     same = int((results[0][0] == results[1][0]).all(0).int().cumprod(0).sum())
     assert same >= 900, f"tokens differ from {same} on"
     assert (results[0][1][:, :90] - results[1][1][:, :90]).abs().max() < 0.05

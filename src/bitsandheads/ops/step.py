@@ -70,10 +70,11 @@ class LayerStep:
         stores: of the layer.
         backend: who appends, attends and packs, see ops.
         cell: int64 [1] on the stores' device, see the head of this file.
+        packs: whether the tile that becomes full is packed. Whoever knows that none does may capture a step without that.
     """
 
     def __init__(self, stores: list[Held], backend: str) -> None:
-        self.stores, self.backend = stores, backend
+        self.stores, self.backend, self.packs = stores, backend, True
         device = stores[0].counts.device
         places = (device, backend, tuple(s.places() for s in stores))
         if places not in _CELLS:
@@ -102,7 +103,7 @@ class LayerStep:
         for s in stores:
             if s.ring is not None and k.shape[2]:
                 _remember(s.ring, q, s.heads.kv_heads, k.shape[1])
-            if s.heads.tiles is not None and s.heads.layout is not None and s.status is not None:
+            if self.packs and s.heads.tiles is not None and s.heads.layout is not None and s.status is not None:
                 halves: list[tuple[Which, Tensor, Basis]]
                 halves = [("keys", s.heads.tail_k, s.heads.key_basis), ("values", s.heads.tail_v, s.heads.value_basis)]
                 for which, x, basis in halves:

@@ -497,6 +497,10 @@ class PackedStore(Store):
         """How many tokens are missing until the next sequence finds its basis; None: all have theirs."""
         return min((self.quant.start_length - c for s, c in zip(self.started, self.tail.count, strict=True) if not s), default=None)
 
+    def steps_to_pack(self) -> set[int]:
+        """How many tokens are missing until a sequence packs its next tile; each further one comes `quant.tile` tokens later."""
+        return {self.quant.residual + self.quant.tile - c for s, c in zip(self.started, self.tail.count, strict=True) if s}
+
     @property
     def lossless(self) -> bool:
         """True before the first tile is packed, while all sequences have the same length."""
