@@ -40,9 +40,7 @@ class FixedCapacity:
         self.running, self.entered = False, 0
         self.clock = torch.zeros((), dtype=torch.int64)
         self.wakes: int | None = None  # the clock at which the next sequence finds its basis
-        self.tiles: set[tuple[int, int]] = (
-            set()
-        )  # when a sequence's next tile is full, by the clock, and how many tokens later the others are
+        self.tiles: set[tuple[int, int]] = set()  # the clock at which a sequence's next tile is full, tokens from one to the next
 
     def before(self, tokens: int) -> None:
         """Called on the host before each pass with `tokens` new tokens of every sequence."""
