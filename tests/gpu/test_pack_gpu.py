@@ -26,6 +26,15 @@ def quant_of(preset: str) -> KVQuant:
     return get_plan(preset).groups[0].quant
 
 
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+@pytest.mark.parametrize(("preset", "prompt"), [("balanced", 1500), ("extreme", 1200), ("kivi-2", 700), ("vidkv-1.5/1.66", 700)])
+def test_life_of_a_layer(preset: str, prompt: int, backend: str) -> None:
+    """Prompt with padding, single tokens over several tiles, chunks."""
+    if backend == "cuda" and preset not in ("balanced", "extreme"):
+        pytest.skip("the CUDA kernels do not cover it")
+    t.check_life(quant_of(preset), 128, torch.bfloat16, "cuda", prompt, [1] * 150 + [4, 8, 300, 1], window=True, backend=backend)
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize(("dim", "dtype"), [(64, torch.float16), (128, torch.bfloat16)])
 def test_presets(preset: str, dim: int, dtype: torch.dtype) -> None:
@@ -111,15 +120,6 @@ def test_choice(heavy: int) -> None:
     t.check_choice(heavy, "cuda")
 
 
-@pytest.mark.parametrize("backend", ["triton", "cuda"])
-@pytest.mark.parametrize(("preset", "prompt"), [("balanced", 1500), ("extreme", 1200), ("kivi-2", 700), ("vidkv-1.5/1.66", 700)])
-def test_life_of_a_layer(preset: str, prompt: int, backend: str) -> None:
-    """Prompt with padding, single tokens over several tiles, chunks."""
-    if backend == "cuda" and preset not in ("balanced", "extreme"):
-        pytest.skip("the CUDA kernels do not cover it")
-    t.check_life(quant_of(preset), 128, torch.bfloat16, "cuda", prompt, [1] * 150 + [4, 8, 300, 1], window=True, backend=backend)
-
-
 def test_steps_in_a_captured_graph() -> None:
     """Append, attention and the packing of a full tile, all decided on the device: the replayed graph does what the eager layer does."""
     quant = quant_of("balanced")
@@ -175,29 +175,31 @@ def test_compiled() -> None:
 
 
 @torch.no_grad()
-def test_nearly_the_same_text_as_the_reference() -> None:
-    """The reference's greedy text, token by token over several packed tiles: the kernels would have chosen the same next tokens."""
+def test_a_model_loses_no_more_than_with_the_reference() -> None:
+    """Logits of forced tokens over two newly packed tiles. Where codes need no basis the kernels' logits are the reference's but for codes on ties. Principal
+    axes of close eigenvalues are arbitrary, and with them the errors: there both lose equally much against the model without a cache."""
     torch.manual_seed(0)
     config = Qwen3Config(
-        vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=2,
+        vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=2,
         head_dim=64, max_position_embeddings=8192, initializer_range=0.08,
     )  # fmt: skip
-    model = Qwen3ForCausalLM(config).cuda().eval()
-    ids = torch.randint(0, 512, (2, 900), generator=torch.Generator().manual_seed(1)).cuda()
-    for plan in ("balanced", "kivi-2"):
+    model = Qwen3ForCausalLM(config).bfloat16().cuda().eval()
+    prompt, new = 900, 140
+    ids = torch.randint(0, 512, (2, prompt + new), generator=torch.Generator().manual_seed(1)).cuda()
+    exact = model(ids).logits[:, prompt - 1 :].float()
+
+    def forced(plan: str, backend: str) -> torch.Tensor:
         with bh.enabled(model):
-            text = model.generate(
-                ids,
-                past_key_values=bh.CompressedCache(plan, model, backend="reference"),
-                max_new_tokens=200,
-                do_sample=False,
-                pad_token_id=0,
-            )
-            cache = bh.CompressedCache(plan, model)
-            logits = [model(ids, past_key_values=cache).logits[:, -1:]]
-            logits += [model(text[:, i : i + 1], past_key_values=cache).logits for i in range(900, text.shape[1] - 1)]
-        agree = (torch.cat(logits, 1).argmax(-1) == text[:, 900:]).float().mean().item()
-        assert agree > 0.9, (plan, agree)
+            cache = bh.CompressedCache(plan, model, backend=backend)
+            logits = [model(ids[:, :prompt], past_key_values=cache).logits[:, -1:]]
+            logits += [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(prompt, prompt + new)]
+        return torch.cat(logits, 1).float()
+
+    for plan, alike in (("balanced", False), ("kivi-2", True)):
+        want, got = forced(plan, "reference"), forced(plan, "auto")
+        reference, ours, apart = (d.norm().item() for d in (want - exact, got - exact, got - want))
+        assert 0 < ours < 1.1 * reference, (plan, ours, reference, apart, exact.norm().item())
+        assert not alike or apart < 0.3 * reference, (plan, ours, reference, apart)
 
 
 def test_numbers_that_cannot_be_packed() -> None:

@@ -1,7 +1,8 @@
 // The small dense algebra behind a head's basis, a CTA for each matrix, DIM <= 128: `principal_axes` (eigenvectors) and `map_back` (ridge
-// regression). A warp holds columns of a matrix in registers; lane l holds the rows l, l + 32, ...
+// regression). Constants in front: DIM, a multiple of 8; BLOCK, columns of a block, 4 or 8.
 
-constexpr int ROWS = (DIM + 31) / 32, COLUMNS = 16, WARPS = (DIM + COLUMNS - 1) / COLUMNS;
+constexpr int ROWS = (DIM + 31) / 32, COLUMNS = 2 * BLOCK, WARPS = (DIM + COLUMNS - 1) / COLUMNS;
+constexpr int SHARE = 32 / BLOCK;    // lanes that find the angle of one pair
 constexpr unsigned ALL = 0xffffffffu;
 constexpr float SMALLEST = 1e-10f;   // pivot, of the mean of the diagonal
 constexpr float ORTHOGONAL = 1e-3f;  // cosine of two columns that are left alone
@@ -19,15 +20,15 @@ __device__ __forceinline__ float warp_sum(float x) {
 // ---------------------------------------------------------------------------------------------------------------------- eigenvectors
 // A Cholesky factor with pivoting, A = L L^T, whose columns are then made orthogonal by one-sided Jacobi rotations (Hestenes, 1958; on the
 // factor: Veselic and Hari, 1989): L J = U sqrt(lambda), so that no eigenvectors are accumulated and small eigenvalues keep their accuracy.
-// A warp holds two blocks of eight columns. A round rotates all pairs between the two; then the blocks move on as in a round-robin
-// tournament (Brent and Luk, 1985), 2 WARPS - 1 rounds for a sweep.
+// A warp holds two blocks of columns in registers; lane l holds the rows l, l + 32, ... A round rotates all pairs between the two; then the
+// blocks move on as in a round-robin tournament (Brent and Luk, 1985), 2 WARPS - 1 rounds for a sweep.
 
-// Pair i of eight pairs of columns: with H = 8 between the two blocks, with H = 4, 2, 1 within them; all R < H together meet all pairs.
+// Pair i of BLOCK pairs of columns: with H = BLOCK between the two blocks, with smaller H within them; all R < H together meet all pairs.
 template <int H> __device__ constexpr int left_of(int i) { return i / H * 2 * H + i % H; }
 template <int H, int R> __device__ constexpr int right_of(int i) { return i / H * 2 * H + H + (i % H + R) % H; }
 
 // The factor's columns in the order of the pivots, in shared memory, float [DIM, DIM].
-__device__ void factorize(const float* gram, const float* scale, float* factor, int warp, int lane) {
+__device__ __forceinline__ void factorize(const float* gram, const float* scale, float* factor, int warp, int lane) {
     Columns a;
     float left[ROWS], own_scale[ROWS], trace = 0;  // left: the diagonal of what is left to factorize, in every warp; -1: done
     EACH_ROW {
@@ -54,11 +55,11 @@ __device__ void factorize(const float* gram, const float* scale, float* factor, 
         const float inverse = rsqrtf(pivot);
         float* l = factor + step * DIM;
         if (p / COLUMNS == warp) {
-            EACH_COLUMN if (p % COLUMNS == c) {
-                EACH_ROW {
-                    const float most = sqrtf(fmaxf(left[r], 0.0f));  // more would be rounding: what is left would not be semidefinite
-                    if (row < DIM) l[row] = row == p ? pivot * inverse : fminf(fmaxf(a[c][r] * inverse, -most), most);
-                }
+            EACH_ROW {
+                float entry = 0;
+                EACH_COLUMN entry = p % COLUMNS == c ? a[c][r] : entry;
+                const float room = fmaxf(left[r], 1e-30f), most = room * rsqrtf(room);  // more would be rounding: the rest would not be semidefinite
+                if (row < DIM) l[row] = row == p ? pivot * inverse : fminf(fmaxf(entry * inverse, -most), most);
             }
         }
         __syncthreads();
@@ -75,38 +76,38 @@ __device__ void factorize(const float* gram, const float* scale, float* factor, 
     }
 }
 
-// Rotate eight pairs of columns; lanes 4 i to 4 i + 3 find the angle of pair i. Columns are scaled: column c is w[c] times the `scale` of
-// lanes c and c + 16, which also hold its squared norm, so that a rotation takes two operations for two elements (fast Givens).
+// Rotate BLOCK pairs of columns; SHARE neighbouring lanes find the angle of a pair. Columns are scaled: column c is w[c] times the `scale` of
+// the lanes c, c + COLUMNS, ..., which also hold its squared norm, so that a rotation takes two operations for two elements (fast Givens).
+// Quotients and roots are approximate (2 units in the last place): later rotations put an angle right, and cosine and tangent agree.
 template <int H, int R> __device__ __forceinline__ bool rotate(Columns& w, float& norm, float& scale, int lane) {
-    float dot[8];
+    float dot[BLOCK];
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
+    for (int i = 0; i < BLOCK; ++i) {
         dot[i] = 0;
         EACH_ROW dot[i] += w[left_of<H>(i)][r] * w[right_of<H, R>(i)][r];
     }
 #pragma unroll
-    for (int n = 4; n; n /= 2) {  // sums over the lanes: each half of them goes on with half of the pairs
-        const bool upper = lane & 4 * n;
+    for (int n = BLOCK / 2; n; n /= 2) {  // sums over the lanes: each half of them goes on with half of the pairs
+        const bool upper = lane & SHARE * n;
 #pragma unroll
         for (int i = 0; i < n; ++i) {
             const float other = upper ? dot[i] : dot[i + n];
-            dot[i] = (upper ? dot[i + n] : dot[i]) + __shfl_xor_sync(ALL, other, 4 * n);
+            dot[i] = (upper ? dot[i + n] : dot[i]) + __shfl_xor_sync(ALL, other, SHARE * n);
         }
     }
-    dot[0] += __shfl_xor_sync(ALL, dot[0], 2);
-    dot[0] += __shfl_xor_sync(ALL, dot[0], 1);
-    const int pair = lane / 4, x = left_of<H>(pair), y = right_of<H, R>(pair);
+    for (int d = SHARE / 2; d; d /= 2) dot[0] += __shfl_xor_sync(ALL, dot[0], d);
+    const int pair = lane / SHARE, x = left_of<H>(pair), y = right_of<H, R>(pair);
     const float norm_x = __shfl_sync(ALL, norm, x), norm_y = __shfl_sync(ALL, norm, y);
     const float scale_x = __shfl_sync(ALL, scale, x), scale_y = __shfl_sync(ALL, scale, y);
-    const float g = dot[0] * scale_x * scale_y;
+    const float g = dot[0] * scale_x * scale_y, gap = norm_y - norm_x;
     const bool turn = g * g > ORTHOGONAL * ORTHOGONAL * norm_x * norm_y;
     if (!__any_sync(ALL, turn)) return false;
-    const float tau = (norm_y - norm_x) / (2 * g);  // the smaller angle (Golub and Van Loan, section 8.5.2)
-    const float t = turn ? (tau >= 0 ? 1.0f : -1.0f) / (fabsf(tau) + sqrtf(1 + tau * tau)) : 0.0f;
-    const float cosine = rsqrtf(1 + t * t), moved = t * g, to_x = t * scale_y / scale_x, to_y = t * scale_x / scale_y;
+    const float reach = gap * gap + 4 * g * g;  // tangent of the smaller angle (Golub and Van Loan, section 8.5.2)
+    const float t = turn ? __fdividef(gap >= 0 ? 2 * g : -2 * g, fabsf(gap) + reach * rsqrtf(reach)) : 0.0f;
+    const float cosine = rsqrtf(1 + t * t), moved = t * g, to_x = t * __fdividef(scale_y, scale_x), to_y = t * __fdividef(scale_x, scale_y);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-        const float px = __shfl_sync(ALL, to_x, 4 * i), py = __shfl_sync(ALL, to_y, 4 * i);
+    for (int i = 0; i < BLOCK; ++i) {
+        const float px = __shfl_sync(ALL, to_x, SHARE * i), py = __shfl_sync(ALL, to_y, SHARE * i);
         EACH_ROW {
             float &u = w[left_of<H>(i)][r], &v = w[right_of<H, R>(i)][r];
             const float before = u;
@@ -114,8 +115,8 @@ template <int H, int R> __device__ __forceinline__ bool rotate(Columns& w, float
             v += py * before;
         }
     }
-    const int column = lane % 16, k = column % (2 * H);
-    const int from = 4 * (column / (2 * H) * H + (k < H ? k : (k - R) % H));  // the pair that this lane's column belongs to
+    const int column = lane % COLUMNS, k = column % (2 * H);
+    const int from = SHARE * (column / (2 * H) * H + (k < H ? k : (k - R) % H));  // the pair that this lane's column belongs to
     scale *= __shfl_sync(ALL, cosine, from);
     const float change = __shfl_sync(ALL, moved, from);
     norm += k < H ? -change : change;
@@ -128,17 +129,23 @@ template <int H, int R = 0> __device__ __forceinline__ bool rotate_all(Columns& 
     return turned;
 }
 
-// Move every block of eight columns to its next place; blocks: float [2 WARPS, 8, DIM], state: float [2 WARPS, 8, 2] of shared memory.
-__device__ void move_on(Columns& w, float& norm, float& scale, float* blocks, float* state, int warp, int lane) {
+template <int H = BLOCK / 2> __device__ __forceinline__ bool rotate_within(Columns& w, float& norm, float& scale, int lane) {
+    bool turned = rotate_all<H>(w, norm, scale, lane);
+    if constexpr (H > 1) turned |= rotate_within<H / 2>(w, norm, scale, lane);
+    return turned;
+}
+
+// Move every block of columns to its next place; blocks: float [2 WARPS, BLOCK, DIM], state: float [2 WARPS, BLOCK, 2] of shared memory.
+__device__ __forceinline__ void move_on(Columns& w, float& norm, float& scale, float* blocks, float* state, int warp, int lane) {
     const int to[2] = {warp == 0 ? 0 : warp == WARPS - 1 ? 2 * WARPS - 1 : warp + 1, warp == 0 ? 1 : WARPS + warp - 1};
-    EACH_COLUMN EACH_ROW if (row < DIM) blocks[(8 * to[c / 8] + c % 8) * DIM + row] = w[c][r];
-    if (lane < 16) {
-        const int place = 8 * (lane < 8 ? to[0] : to[1]) + lane % 8;
+    EACH_COLUMN EACH_ROW if (row < DIM) blocks[(BLOCK * to[c / BLOCK] + c % BLOCK) * DIM + row] = w[c][r];
+    if (lane < COLUMNS) {
+        const int place = BLOCK * (lane < BLOCK ? to[0] : to[1]) + lane % BLOCK;
         state[2 * place] = norm, state[2 * place + 1] = scale;
     }
     __syncthreads();
-    EACH_COLUMN EACH_ROW w[c][r] = row < DIM ? blocks[(8 * (c / 8 * WARPS + warp) + c % 8) * DIM + row] : 0.0f;
-    const int place = 8 * (lane % 16 / 8 * WARPS + warp) + lane % 8;
+    EACH_COLUMN EACH_ROW w[c][r] = row < DIM ? blocks[(BLOCK * (c / BLOCK * WARPS + warp) + c % BLOCK) * DIM + row] : 0.0f;
+    const int place = BLOCK * (lane % COLUMNS / BLOCK * WARPS + warp) + lane % BLOCK;
     norm = state[2 * place], scale = state[2 * place + 1];
     __syncthreads();
 }
@@ -152,13 +159,13 @@ __device__ __forceinline__ void apply_scales(Columns& w, float& norm, float& sca
             square += w[c][r] * w[c][r];
         }
         square = warp_sum(square);
-        norm = lane % 16 == c ? square : norm;
+        norm = lane % COLUMNS == c ? square : norm;
     }
     scale = 1;
 }
 
 // axes: float [n, DIM, DIM], a row for each eigenvector of scale gram scale, by falling eigenvalue.
-// Dynamic shared memory: 16 WARPS (DIM + 2) floats.
+// Dynamic shared memory: COLUMNS WARPS (DIM + 2) floats.
 extern "C" __global__ void __launch_bounds__(WARPS * 32) principal_axes(const float* gram, const float* scales, float* axes, int sweeps) {
     extern __shared__ float shared[];
     float* state = shared + COLUMNS * WARPS * DIM;
@@ -172,15 +179,15 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) principal_axes(const fl
     __syncthreads();
     for (int sweep = 0; sweep < sweeps; ++sweep) {
         apply_scales(w, norm, scale, lane);
-        bool turned = rotate_all<4>(w, norm, scale, lane) | rotate_all<2>(w, norm, scale, lane) | rotate_all<1>(w, norm, scale, lane);
+        bool turned = rotate_within(w, norm, scale, lane);
         for (int round = 0; round < 2 * WARPS - 1; ++round) {
-            turned |= rotate_all<8>(w, norm, scale, lane);
+            turned |= rotate_all<BLOCK>(w, norm, scale, lane);
             if (WARPS > 1) move_on(w, norm, scale, shared, state, warp, lane);
         }
         if (!__syncthreads_or(turned)) break;
     }
     apply_scales(w, norm, scale, lane);
-    if (lane < 16) state[COLUMNS * warp + lane] = norm;
+    if (lane < COLUMNS) state[COLUMNS * warp + lane] = norm;
     __syncthreads();
     EACH_COLUMN {
         const float own = __shfl_sync(ALL, norm, c);
@@ -203,54 +210,63 @@ __device__ __forceinline__ unsigned short to_bfloat16(float x) {
 
 // (G + R) X = C + R B by Gauss and Jordan, with R = diag(share G + 1e-6 mean of G's diagonal): X is the ridge regression towards B.
 // gram [n, DIM, DIM], cross [n, DIM axes, DIM channels]: float; axes in [n, DIM channels, DIM axes]: B^T, and out: X^T, bfloat16.
-// Symmetric and positive definite, so no pivots are looked for. Dynamic shared memory: 2 DIM floats. WARPS * 2 warps.
-extern "C" __global__ void __launch_bounds__(WARPS * 64) map_back(const float* gram, const float* cross, const unsigned short* axes,
-                                                                  unsigned short* out, float share) {
-    extern __shared__ float shared[];
-    constexpr int HALF = COLUMNS / 2;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+// Symmetric and positive definite, so no pivots are looked for. A thread holds 8 x 8 numbers of (G + R | C + R B): eight neighbouring columns,
+// and of the rows four in each half, so that a warp reads whole lines of shared memory. DIM / 4 x DIM / 8 threads.
+extern "C" __global__ void __launch_bounds__(DIM * DIM / 32) map_back(const float* gram, const float* cross, const unsigned short* axes,
+                                                                      unsigned short* out, float share) {
+    __shared__ float4 pivots[2][DIM / 4], lines[2][DIM / 2];  // of the step: pivot's column (1 is taken off the pivot) and row
+    const int rows = threadIdx.x % (DIM / 8), group = threadIdx.x / (DIM / 8), column = 8 * group % DIM;
+    const bool left = group < DIM / 8;  // of the two matrices
     const long long n = blockIdx.x * (long long)(DIM * DIM);
     gram += n, cross += n, axes += n, out += n;
-    float a[HALF][ROWS], x[HALF][ROWS], ridge[ROWS], trace = 0;
-    EACH_ROW {
-        ridge[r] = row < DIM ? gram[row * (DIM + 1)] : 0.0f;
-        trace += ridge[r];
-    }
-    trace = warp_sum(trace);
-    EACH_ROW {
-        ridge[r] = share * ridge[r] + 1e-6f / DIM * trace + 1e-30f;
+    auto row_of = [&](int r) { return r / 4 * (DIM / 2) + 4 * rows + r % 4; };
+    float m[8][8], mean = 0;
+    for (int i = 0; i < DIM; ++i) mean += gram[i * (DIM + 1)] / DIM;
 #pragma unroll
-        for (int c = 0; c < HALF; ++c) {
-            const int k = HALF * warp + c;
-            const bool there = row < DIM && k < DIM;
-            a[c][r] = there ? 0.5f * (gram[k * DIM + row] + gram[row * DIM + k]) + (row == k ? ridge[r] : 0.0f) : 0.0f;
-            x[c][r] = there ? cross[row * DIM + k] + ridge[r] * from_bfloat16(axes[k * DIM + row]) : 0.0f;
+    for (int r = 0; r < 8; ++r) {
+        const int row = row_of(r);
+        const float ridge = share * gram[row * (DIM + 1)] + 1e-6f * mean + 1e-30f;
+#pragma unroll
+        for (int c = 0; c < 8; ++c) {
+            const int k = column + c;
+            m[r][c] = left ? 0.5f * (gram[k * DIM + row] + gram[row * DIM + k]) + (row == k ? ridge : 0.0f)
+                           : cross[row * DIM + k] + ridge * from_bfloat16(axes[k * DIM + row]);
         }
     }
+    for (int first = 0; first < DIM; first += 8) {
 #pragma unroll
-    for (int part = 0; part < ROWS; ++part) {  // so that the row's register is known when this is compiled
-        for (int j = 32 * part; j < min(32 * part + 32, DIM); ++j) {
-            float* column = shared + j % 2 * DIM;
+        for (int i = 0; i < 8; ++i) {  // so that the column's registers are known when this is compiled
+            const int j = first + i, upper = j >= DIM / 2;
+            float4 *pivot = pivots[i % 2], *line = lines[i % 2];
+            if (left && column == first) {
 #pragma unroll
-            for (int c = 0; c < HALF; ++c) {
-                if (j != HALF * warp + c) continue;
-                const float inverse = 1 / __shfl_sync(ALL, a[c][part], j % 32);
-                EACH_ROW if (row < DIM) column[row] = row == j ? 1 - inverse : a[c][r] * inverse;
+                for (int half = 0; half < 2; ++half)
+#pragma unroll
+                    for (int r = 0; r < 4; ++r) {
+                        const int at = half * (DIM / 2) + 4 * rows + r;
+                        ((float*)pivot)[at] = m[4 * half + r][i] - (at == j ? 1.0f : 0.0f);
+                    }
+            }
+            if (row_of(4 * upper + i % 4) == j) {
+#pragma unroll
+                for (int c = 0; c < 8; ++c) ((float*)line)[8 * group + c] = upper ? m[4 + i % 4][c] : m[i % 4][c];
             }
             __syncthreads();
-            float factor[ROWS];
-            EACH_ROW factor[r] = row < DIM ? column[row] : 0.0f;
+            if (left && column + 8 <= first) continue;  // done: these columns are those of the identity
+            const float inverse = __fdividef(1.0f, ((const float*)line)[j]);
+            const float4 f0 = pivot[rows], f1 = pivot[DIM / 8 + rows], l0 = line[2 * group], l1 = line[2 * group + 1];
+            const float factors[8] = {f0.x, f0.y, f0.z, f0.w, f1.x, f1.y, f1.z, f1.w}, pivot_row[8] = {l0.x, l0.y, l0.z, l0.w, l1.x, l1.y, l1.z, l1.w};
 #pragma unroll
-            for (int c = 0; c < HALF; ++c) {
-                const float pa = __shfl_sync(ALL, a[c][part], j % 32), px = __shfl_sync(ALL, x[c][part], j % 32);
-                EACH_ROW {
-                    a[c][r] -= factor[r] * pa;
-                    x[c][r] -= factor[r] * px;
-                }
+            for (int r = 0; r < 8; ++r) {
+                const float factor = factors[r] * inverse;
+#pragma unroll
+                for (int c = 0; c < 8; ++c) m[r][c] -= factor * pivot_row[c];
             }
         }
     }
+    if (left) return;
 #pragma unroll
-    for (int c = 0; c < HALF; ++c)
-        EACH_ROW if (row < DIM && HALF * warp + c < DIM) out[(HALF * warp + c) * DIM + row] = to_bfloat16(x[c][r]);
+    for (int r = 0; r < 8; ++r)
+#pragma unroll
+        for (int c = 0; c < 8; ++c) out[(column + c) * DIM + row_of(r)] = to_bfloat16(m[r][c]);
 }

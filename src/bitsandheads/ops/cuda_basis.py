@@ -15,7 +15,7 @@ from .cuda_decode import _check, _start, cached_cubin
 SOURCE = Path(__file__).with_name("basis.cu")
 SWEEPS = 5  # of Jacobi rotations; `balanced` then loses 1e-4 against the exact axes for spectra of two and four decades (four sweeps: 5e-3)
 LARGEST = 128  # head_dim: a matrix in shared memory
-COLUMNS = 16  # of a warp, as in the source
+BLOCK = 4  # columns; a warp holds two blocks
 
 
 def unsupported(dim: int, device: torch.device) -> str | None:
@@ -34,17 +34,27 @@ def _kernels(dim: int, device: torch.device) -> dict[str, Any]:
     from cuda.bindings import driver
 
     major, minor = torch.cuda.get_device_capability(device)
-    cubin = cached_cubin(f"#define DIM {dim}\n{SOURCE.read_text()}", f"sm_{major}{minor}")
+    cubin = cached_cubin(source(dim), f"sm_{major}{minor}")
     with torch.cuda.device(device):
         module = _check(driver.cuModuleLoadData(cubin))
         found = {name: _check(driver.cuModuleGetFunction(module, name.encode())) for name in ("principal_axes", "map_back")}
         limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        _check(driver.cuFuncSetAttribute(found["principal_axes"], limit, _warps(dim) * COLUMNS * (dim + 2) * 4))
+        _check(driver.cuFuncSetAttribute(found["principal_axes"], limit, _shared(dim)))
     return found
 
 
+def source(dim: int) -> str:
+    """The source with its constants."""
+    return f"#define DIM {dim}\n#define BLOCK {BLOCK}\n{SOURCE.read_text()}"
+
+
 def _warps(dim: int) -> int:
-    return -(-dim // COLUMNS)
+    return -(-dim // (2 * BLOCK))
+
+
+def _shared(dim: int) -> int:
+    """Bytes of shared memory of `principal_axes`."""
+    return _warps(dim) * 2 * BLOCK * (dim + 2) * 4
 
 
 def _launch(name: str, like: Tensor, threads: int, shared: int, tensors: list[Tensor], number: ctypes.c_int | ctypes.c_float) -> None:
@@ -65,7 +75,7 @@ def principal_axes(gram: Tensor, scale: Tensor) -> Tensor:
     dim = gram.shape[-1]
     gram, scale = gram.float().contiguous(), scale.float().contiguous()
     rows = torch.empty_like(gram)
-    _launch("principal_axes", gram, 32 * _warps(dim), _warps(dim) * COLUMNS * (dim + 2) * 4, [gram, scale, rows], ctypes.c_int(SWEEPS))
+    _launch("principal_axes", gram, 32 * _warps(dim), _shared(dim), [gram, scale, rows], ctypes.c_int(SWEEPS))
     return rows.mT
 
 
@@ -80,5 +90,5 @@ def map_back(axes: Tensor, gram: Tensor, cross: Tensor) -> Tensor:
     dim = gram.shape[-1]
     axes, gram, cross = axes.contiguous(), gram.contiguous(), cross.contiguous()
     out = torch.empty_like(axes)
-    _launch("map_back", gram, 64 * _warps(dim), 2 * dim * 4, [gram, cross, axes, out], ctypes.c_float(RIDGE))
+    _launch("map_back", gram, dim * dim // 32, 0, [gram, cross, axes, out], ctypes.c_float(RIDGE))
     return out
