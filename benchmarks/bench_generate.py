@@ -9,13 +9,16 @@ so every plan is given the same queries, keys and values. Each cache takes them 
 bytes that the prompt of one sequence gives (tests/test_generate_benchmark.py). `prefill_s` is the reading plus `packing_s`, what the cache did with it,
 both for one sequence (`prefilled_sequences`). `cache_bytes` are the bytes of the cache's tensors; `peak_bytes` is the allocator's peak in the
 decode steps, model and cache included. Rows marked `largest` have the largest batch that fits: from the plan's bytes, then less until the allocator
-agrees. `longest` holds the longest context whose cache can be allocated beside the model, by bisection; `prefill` the seconds and the allocator's
-peak of a whole prompt that the model reads into the cache itself.
+agrees. `longest` holds the longest context whose cache can be allocated beside the model, by bisection; `prefill` whole prompts of one sequence that the
+model reads into the cache itself, at once or in chunks: seconds (the median of `repeats`), the allocator's peak, and what is held afterwards. What
+packing costs a prompt is the difference between the plans there; `packing_s` above is more, for it waits for every layer by itself.
 
-A row that fails is kept with its `error`. Rows are written as they come; rows that the file holds are not measured again, so a job that is cut short
-goes on where it was. Those that failed for another cause than memory are, and so are those marked `again`, which an earlier version measured.
+A row that fails is kept with its `error`; a cache that the plan's bytes say cannot fit is not tried. Rows are written as they come; rows that the file
+holds are not measured again, so a job that is cut short goes on where it was. Those that failed for another cause than memory are, and so are those
+marked `again`, which an earlier version measured.
 
     python benchmarks/bench_generate.py --out benchmarks/results/generate-h100.json [--only REGEX] [--minutes N] [--device cpu --tiny]
+    python benchmarks/bench_generate.py --out benchmarks/results/generate-h100.json --merge OTHER.json --commit HASH
 """
 
 import argparse
@@ -23,6 +26,7 @@ import gc
 import json
 import os
 import re
+import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -40,6 +44,8 @@ from bitsandheads.layer import ChunkMask
 STEPS = 40, 14  # new tokens of a row, and how many of them come before the time is taken
 FEW = 8, 3  # the same for caches that take long
 QUERIES = 256  # newest queries that packing looks at
+STEPS_SECONDS, ROW_SECONDS = 8.0, 90  # a row takes no more steps after this time, and is given up
+CHUNK = 8192  # tokens of a pass, for prompts in chunks
 SPARE = 3 << 30  # bytes that the largest batch leaves to the steps themselves, and 4 MiB more for each sequence
 WINDOW = bh.Window(16, 64)
 QWEN25 = dict(
@@ -71,7 +77,10 @@ MODELS: dict[str, Callable[[], Any]] = {
 
 @dataclass(frozen=True)
 class Point:
-    """What a row measures. kind: "steps"; "largest": with the largest batch that fits; "longest": no steps, the longest context; "prefill"."""
+    """What a row measures.
+
+    kind: "steps"; "largest": with the largest batch that fits; "longest": no steps, the longest context; "prefill", "chunked": no steps, the prompt.
+    """
 
     model: str
     plan: str
@@ -85,7 +94,11 @@ class Point:
 
 
 OURS = ("balanced", "bf16", "rlkv@0.5", "balanced+rlkv@0.5")
-STATIC = ("hf-static", "hf-static-flex")
+STATIC = {
+    "hf-static": "sdpa",
+    "hf-static-flex": "flex_attention",
+    "hf-static-eager": "eager",
+}  # compiled, with every attention that is offered
 
 
 def points() -> Iterator[Point]:
@@ -94,19 +107,22 @@ def points() -> Iterator[Point]:
     more = [p for p in bh.preset_names() if p not in OURS]
     yield from (Point(first, plan, batch, context) for batch, context in ((8, 32768), (1, 8192)) for plan in OURS)
     yield from (Point(first, plan, 1, 32768, "largest") for plan in OURS)
+    yield from (Point(first, plan, 1, 32768, kind) for kind in ("prefill", "chunked") for plan in ("balanced", "bf16"))
+    yield from (Point(first, f"hf-{kind}", 8, 32768) for kind in ("static", "quanto-2", "hqq-2", "dynamic"))
+    yield from (Point(first, plan, 8, 32768) for plan in more)
     yield from (Point(first, plan, 1, 131072) for plan in OURS)
     yield from (Point(first, plan, 1, 2048, "longest") for plan in (*OURS, "extreme"))
-    yield from (Point(first, "hf-static", b, t) for b, t in ((8, 32768), (1, 8192), (1, 131072)))
-    yield from (Point(first, f"hf-{kind}", 8, 32768) for kind in ("quanto-2", "hqq-2", "dynamic"))
     yield from (Point(first, plan, 1, 131072, "prefill") for plan in ("balanced", "bf16"))
-    yield from (Point(first, plan, 8, 32768) for plan in more)
-    yield from (Point(model, plan, b, t) for model in others for b, t in ((8, 32768), (1, 131072), (1, 8192)) for plan in OURS)
-    yield from (Point(first, "hf-static-flex", b, t) for b, t in ((8, 32768), (1, 131072)))
-    yield from (Point(first, f"hf-{kind}", 1, 8192) for kind in ("dynamic", "quanto-2", "hqq-2"))
-    yield from (Point(model, plan, 1, 32768, "largest") for model in others for plan in OURS)
-    yield from (Point(model, "hf-static", 8, 32768) for model in others)
     rest = [(1, 32768), (32, 32768), (8, 8192), (32, 8192), (8, 131072), (32, 131072)]
-    yield from (Point(model, plan, b, t) for model in (first, *others) for b, t in rest for plan in (*OURS, "extreme"))
+    yield from (Point(first, plan, b, t) for b, t in rest for plan in OURS)
+    yield from (Point(model, plan, b, t) for model in others for b, t in ((8, 32768), (1, 8192)) for plan in OURS)
+    yield from (Point(model, plan, 1, 32768, "largest") for model in others for plan in OURS)
+    yield from (Point(model, plan, b, t) for model in others for b, t in rest[:4] for plan in OURS)
+    yield from (Point(model, plan, b, 131072) for model in others for b in (1, 8, 32) for plan in OURS)
+    yield from (Point(first, "hf-static", 1, t) for t in (8192, 131072))
+    yield from (Point(first, plan, b, t) for plan in list(STATIC)[1:] for b, t in ((8, 32768), (1, 8192)))
+    yield from (Point(first, f"hf-{kind}", 1, 8192) for kind in ("dynamic", "quanto-2", "hqq-2"))
+    yield from (Point(model, "hf-static", 8, 32768) for model in others)
 
 
 def make_model(name: str, device: str) -> Any:
@@ -229,15 +245,20 @@ def synchronize(device: str) -> None:
 
 
 class Watch(tf.StoppingCriteria):
-    """Never stops; notes when `generate` has each token. It waits for each token by itself, so these are the times of its own loop."""
+    """Notes when `generate` has each token. It waits for each token by itself, so these are the times of its own loop.
 
-    def __init__(self, batch: int, device: str) -> None:
+    Stops early, though after three steps that count, where `warm` tokens and those steps took longer than STEPS_SECONDS.
+    """
+
+    def __init__(self, batch: int, warm: int, device: str) -> None:
         self.times: list[float] = []
+        self.enough = warm + 4
         self.go_on = torch.zeros(batch, dtype=torch.bool, device=device)
+        self.stop = torch.ones_like(self.go_on)
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         self.times.append(time.perf_counter())
-        return self.go_on
+        return self.stop if len(self.times) >= self.enough and self.times[-1] - self.times[0] > STEPS_SECONDS else self.go_on
 
 
 def measure(point: Point, model: Any, prompt: Prompt, device: str, few: bool = False) -> dict[str, Any]:
@@ -245,9 +266,10 @@ def measure(point: Point, model: Any, prompt: Prompt, device: str, few: bool = F
     new, warm = FEW if few or (point.plan.startswith("hf-") and point.plan not in STATIC) else STEPS
     row: dict[str, Any] = {"batch": point.batch}
     on_gpu = device == "cuda"
+    check_room(point, model, device)
     if on_gpu:
         row["model_bytes"] = torch.cuda.memory_allocated()
-    cache, watch = make_cache(point, model, point.context + STEPS[0]), Watch(point.batch, device)
+    cache, watch = make_cache(point, model, point.context + STEPS[0]), Watch(point.batch, warm, device)
     row |= {"prefilled_sequences": 1 if isinstance(cache, bh.CompressedCache) else point.batch}
     row["packing_s"] = fill(cache, prompt, point.batch, device)
     row["prefill_s"] = prompt.seconds + row["packing_s"]
@@ -261,12 +283,28 @@ def measure(point: Point, model: Any, prompt: Prompt, device: str, few: bool = F
     )  # fmt: skip
     steps = sorted(b - a for a, b in zip(watch.times[warm:], watch.times[warm + 1 :], strict=False))
     ms = 1e3 * statistics.median(steps)
-    row |= {"ms_per_step": ms, "ms_low": 1e3 * steps[0], "ms_high": 1e3 * steps[-1], "tokens_per_s": 1e3 * point.batch / ms}
+    row |= {
+        "steps": len(steps),
+        "ms_per_step": ms,
+        "ms_low": 1e3 * steps[0],
+        "ms_high": 1e3 * steps[-1],
+        "tokens_per_s": 1e3 * point.batch / ms,
+    }
     row["warm_up_s"] = watch.times[warm] - start
     if on_gpu:
         row["peak_bytes"] = torch.cuda.max_memory_allocated()
     row["cache_bytes"] = cache_bytes(cache)
     return row
+
+
+def check_room(point: Point, model: Any, device: str) -> None:
+    """Raise OutOfMemoryError for a cache of ours that cannot fit, before its prompt is copied."""
+    if device != "cuda" or point.plan.startswith("hf-"):
+        return
+    needed = point.batch * plan_of(point.plan, model).resolve(model.config).capacity_bytes(point.context + STEPS[0], itemsize=2)
+    free = torch.cuda.mem_get_info()[0]
+    if needed > free:
+        raise torch.OutOfMemoryError(f"the cache needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} are free beside the model")
 
 
 def largest(point: Point, model: Any, prompt: Prompt, device: str) -> dict[str, Any]:
@@ -301,24 +339,38 @@ def longest(point: Point, model: Any, prompt: Prompt, device: str) -> dict[str, 
     return {"context": low, "cache_bytes": taken}
 
 
-def prefill(point: Point, model: Any, prompt: Prompt, device: str) -> dict[str, Any]:
-    """Seconds and peak of a whole prompt of one sequence."""
+def prefill(point: Point, model: Any, prompt: None, device: str) -> dict[str, Any]:
+    """Seconds and bytes of a whole prompt of one sequence; chunked: in passes of CHUNK tokens."""
     ids = torch.randint(2, model.config.vocab_size, (1, point.context), device=device)
-    row: dict[str, Any] = {}
-    if device == "cuda":
-        row["model_bytes"] = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-    cache = make_cache(point, model, point.context + STEPS[0])
-    start = time.perf_counter()
-    model(ids, past_key_values=cache, logits_to_keep=1)
-    synchronize(device)
-    row["prefill_s"] = time.perf_counter() - start
-    if device == "cuda":
-        row["peak_bytes"] = torch.cuda.max_memory_allocated()
-    return row | {"cache_bytes": cache_bytes(cache)}
+    row: dict[str, Any] = {"chunk": min(CHUNK, point.context // 2) if point.kind == "chunked" else None}
+    seconds = []
+    for _ in range(5 if point.kind == "prefill" and point.context <= 32768 else 1):
+        clean(device)
+        if device == "cuda":
+            row["model_bytes"] = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+        cache = make_cache(point, model, point.context + STEPS[0])
+        synchronize(device)
+        start = time.perf_counter()
+        for part in ids.split(row["chunk"] or point.context, 1):
+            model(part, past_key_values=cache, logits_to_keep=1)
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+        row["cache_bytes"] = cache_bytes(cache)
+        if device == "cuda":
+            row |= {"peak_bytes": torch.cuda.max_memory_allocated(), "held_bytes": torch.cuda.memory_allocated() - row["model_bytes"]}
+        del cache
+    return row | {
+        "prefill_s": statistics.median(seconds),
+        "prefill_low": min(seconds),
+        "prefill_high": max(seconds),
+        "repeats": len(seconds),
+    }
 
 
-KINDS = {"steps": measure, "largest": largest, "longest": longest, "prefill": prefill}
+SECTIONS = ("rows", "longest", "prefill")
+SECTION = {"longest": "longest", "prefill": "prefill", "chunked": "prefill"}  # of the file; all others: rows
+KINDS = {"steps": measure, "largest": largest, "longest": longest, "prefill": prefill, "chunked": prefill}
 
 
 def clean(device: str) -> None:
@@ -374,22 +426,48 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--wait", type=Path, help="compile the steps of one model's rows, then wait for this file before anything is timed")
     parser.add_argument("--tiny", action="store_true", help="a tiny model and short contexts: shows that the script works")
+    parser.add_argument("--commit", default="", help="of the code, noted in the rows")
+    parser.add_argument("--merge", type=Path, help="take the rows of this file into --out, in place of rows of the same points")
     parser.add_argument(
         "--kernels", help="I/N: only compile the kernels of the I-th of N parts of the plans, for the disk caches of a run that follows"
     )
     args = parser.parse_args()
-    if args.kernels:
+    if args.merge:
+        merge(args.out, args.merge, args.commit)
+    elif args.kernels:
         compile_kernels(*map(int, args.kernels.split("/")), args.device)
     else:
         run(args)
 
 
-def tried(call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What a call returns, or its error: kept in the row, so that a long job goes on."""
+def merge(path: Path, other: Path, commit: str) -> None:
+    """Take the rows of a run on the same device and versions into a file."""
+    data, new = (json.loads(p.read_text()) if p.exists() else None for p in (path, other))
+    data = data or {"environment": new["environment"]}
+    if data["environment"] != new["environment"]:
+        raise SystemExit(f"{other} was measured with {new['environment']}, {path} with {data['environment']}. Give --out another file.")
+    for kind in SECTIONS:
+        rows = {r["point"]: r for r in data.get(kind, []) if "again" not in r}
+        rows |= {r["point"]: {**r, "commit": r.get("commit") or commit} for r in new[kind]}
+        order = {p.name: i for i, p in enumerate(points())}
+        data[kind] = sorted(rows.values(), key=lambda r: order.get(r["point"], len(order)))
+    write(path, data)
+
+
+def tried(call: Callable[[], dict[str, Any]], seconds: int = ROW_SECONDS) -> dict[str, Any]:
+    """What a call returns, or its error: kept in the row, so that a long job goes on. A call that takes longer is an error too."""
+
+    def give_up(*args: Any) -> None:
+        raise TimeoutError(f"given up after {seconds} s")
+
+    signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(seconds)
     try:
         return call()
     except Exception as e:
         return {"error": f"{type(e).__name__}: {e}".split("\n")[0][:200]}
+    finally:
+        signal.alarm(0)
 
 
 class Bench:
@@ -398,6 +476,7 @@ class Bench:
     def __init__(self, device: str) -> None:
         self.device = device
         self.model: Any = None
+        torch._dynamo.config.recompile_limit = 64  # one for each static length; beyond the limit steps would run uncompiled in silence
         self.name = self.plan = ""
         self.prompts: dict[int, Prompt] = {}
         self.shapes: dict[str, torch.Size] = {}
@@ -406,9 +485,9 @@ class Bench:
     def row(self, point: Point) -> dict[str, Any]:
         """Measure a point."""
         self.load(point.model)
-        prompt = self.prompt(point.context)
-        self.attention(point.plan)
         how = KINDS[point.kind]
+        prompt = None if how is prefill else self.prompt(point.context)
+        self.attention(point.plan)
         row = {"point": point.name, "model": point.model, "plan": point.plan, "batch": point.batch, "context": point.context}
         row |= tried(lambda: how(point, self.model, prompt, self.device))
         clean(self.device)
@@ -423,7 +502,8 @@ class Bench:
             self.attention(point.plan)
             for batch in (2, 3) if point.kind == "largest" else (point.batch,):  # the second batch of a step makes it general
                 row = tried(
-                    partial(measure, replace(point, batch=batch), self.model, self.prompt(min(2048, point.context)), self.device, few=True)
+                    partial(measure, replace(point, batch=batch), self.model, self.prompt(min(2048, point.context)), self.device, few=True),
+                    seconds=400,
                 )
                 print("compiled for", point.name, row.get("error", ""), flush=True)
                 clean(self.device)
@@ -461,7 +541,7 @@ class Bench:
             torch._dynamo.reset()
         self.plan = plan
         bh.disable(self.model)
-        self.model.set_attn_implementation("flex_attention" if plan.endswith("flex") else "sdpa")
+        self.model.set_attn_implementation(STATIC.get(plan, "sdpa"))
         if not plan.startswith("hf-"):
             bh.enable(self.model)
 
@@ -469,13 +549,14 @@ class Bench:
 @torch.no_grad()
 def compile_kernels(part: int, parts: int, device: str) -> None:
     """Prompt and steps of one layer, for every plan and both sizes of a group of query heads."""
-    for name in list(MODELS)[:2]:
+    first, second = list(MODELS)[:2]
+    for name in (first, second):
         config = MODELS[name]()
         config.num_hidden_layers, config.vocab_size, config.intermediate_size = 1, 1024, 64
         if hasattr(config, "layer_types"):
             config.layer_types = config.layer_types[:1]
         model = random_model(config, device)
-        plans = [*OURS[:3], *(p for p in bh.preset_names() if p not in OURS)][part::parts]
+        plans = [*OURS[:3], *(p for p in bh.preset_names() if p not in OURS and name == first)][part::parts]
         for plan, batch in ((plan, batch) for plan in plans for batch in (1, 8)):
             cache = make_cache(Point(name, plan, batch, 2048), model, 2100)
             fill(cache, read_prompt(model, 2047, device), batch, device)
@@ -487,7 +568,7 @@ def compile_kernels(part: int, parts: int, device: str) -> None:
 def run(args: argparse.Namespace) -> None:
     """Measure what the file does not hold yet."""
     started = time.time()
-    data = json.loads(args.out.read_text()) if args.out.exists() else {"rows": [], "longest": [], "prefill": []}
+    data = json.loads(args.out.read_text()) if args.out.exists() else {kind: [] for kind in SECTIONS}
     where = torch.cuda.get_device_name() if args.device == "cuda" else args.device
     data["environment"] = {"device": where, "torch": torch.__version__, "transformers": tf.__version__, "bitsandheads": bh.__version__}
     todo = list(points())
@@ -495,7 +576,7 @@ def run(args: argparse.Namespace) -> None:
         kept = [p for p in todo if p.kind != "longest" and not re.search("quanto|hqq|flex", p.plan)]
         todo = list(dict.fromkeys(Point("tiny", p.plan, min(p.batch, 2), 700, p.kind) for p in kept))
     done = set()
-    for kind in ("rows", "longest", "prefill"):
+    for kind in SECTIONS:
         data[kind] = [r for r in data[kind] if "error" not in r or "OutOfMemory" in r["error"]]
         done |= {r["point"] for r in data[kind] if "again" not in r}
     bench = Bench(args.device)
@@ -510,8 +591,8 @@ def run(args: argparse.Namespace) -> None:
         if time.time() - started > 60 * args.minutes:
             print(f"Time is up; {point.name} and what follows it are left. Run again to go on.")
             return
-        row = bench.row(point)
-        kind = point.kind if point.kind in data else "rows"
+        row = bench.row(point) | {"date": time.strftime("%Y-%m-%d", time.gmtime()), "commit": args.commit}
+        kind = SECTION.get(point.kind, "rows")
         data[kind] = [*(r for r in data[kind] if r["point"] != point.name), row]
         write(args.out, data)
         print(point.name, {k: round(v, 3) if isinstance(v, float) else v for k, v in list(row.items())[5:]}, flush=True)

@@ -236,27 +236,66 @@ def _or_dash(value: float | None, unit: float, places: int) -> str:
     return "-" if value is None else f"{value / unit:.{places}f}"
 
 
-def generate() -> list[str]:
-    data = json.loads((RESULTS / "generate-h100.json").read_text())
-    lines = [
-        "| model | context | batch | plan | ms per step | tokens/s | times `bf16` | cache, GB | peak, GB | prompt, s (sequences) | of which packing, s |",
-        "|---" * 11 + "|",
-    ]
+def _generate_place(r: dict) -> tuple:
+    return r["model"], r["context"], r.get("largest", False), 0 if r.get("largest") else r["batch"]
 
-    def place(r: dict) -> tuple:
-        return r["model"], r["context"], r.get("largest", False), 0 if r.get("largest") else r["batch"]
 
-    base = {place(r): r["tokens_per_s"] for r in data["rows"] if r["plan"] == "bf16" and "error" not in r}
-    for r in sorted(data["rows"], key=place):
+def _generate_rows(keep: Callable[[dict], bool]) -> list[tuple[dict, dict]]:
+    """Rows of decode steps, each with the row of `bf16` at its place ({}: none), in the order of places, the fastest first."""
+    rows = json.loads((RESULTS / "generate-h100.json").read_text())["rows"]
+    base = {_generate_place(r): r for r in rows if r["plan"] == "bf16" and "error" not in r}
+    order = sorted(filter(keep, rows), key=lambda r: (_generate_place(r), -r.get("tokens_per_s", 0)))
+    return [(r, base.get(_generate_place(r), {})) for r in order]
+
+
+def generate(keep: Callable[[dict], bool] = lambda r: True) -> list[str]:
+    lines = ["| model | context | batch | plan | ms per step | tokens/s | times `bf16` | cache, GB | peak, GB |", "|---" * 9 + "|"]
+    for r, base in _generate_rows(keep):
         batch = f"{r['batch']}{' (largest)' if r.get('largest') else ''}"
         start = f"| {r['model']} | {r['context']:,} | {batch} | `{r['plan']}` |"
         if "error" in r:
-            lines.append(f"{start} {r['error'].split(':')[0]} | | | | | | |")
+            lines.append(f"{start} {'does not fit' if 'OutOfMemory' in r['error'] else r['error'].split(':')[0]} | | | | |")
             continue
-        times = f"{r['tokens_per_s'] / base[place(r)]:.2f}" if place(r) in base else "-"
-        prompt = f"{r['prefill_s']:.2f} ({r['prefilled_sequences']}) | {_or_dash(r.get('packing_s'), 1, 3)}"
+        times = f"{r['tokens_per_s'] / base['tokens_per_s']:.2f}" if base else "-"
         size = f"{_or_dash(r.get('cache_bytes'), 1e9, 2)} | {_or_dash(r.get('peak_bytes'), 1e9, 1)}"
-        lines.append(f"{start} {r['ms_per_step']:.2f} | {r['tokens_per_s']:,.0f} | {times} | {size} | {prompt} |")
+        lines.append(f"{start} {r['ms_per_step']:.2f} | {r['tokens_per_s']:,.0f} | {times} | {size} |")
+    return lines
+
+
+def _is_target(r: dict) -> bool:
+    """The places that docs/generate.md has targets for."""
+    ours = r["plan"] in ("balanced", "bf16", "rlkv@0.5", "balanced+rlkv@0.5") or r["plan"].startswith("hf-")
+    places = {(8, 32768), (1, 8192), (1, 131072)}
+    return r["model"] == "qwen2.5-7b" and ours and ("largest" in r or (r["batch"], r["context"]) in places)
+
+
+def generate_longest() -> list[str]:
+    """The longest context of one sequence beside a model."""
+    rows = json.loads((RESULTS / "generate-h100.json").read_text())["longest"]
+    base = {r["model"]: r["context"] for r in rows if r["plan"] == "bf16"}
+    lines = ["| model | plan | tokens that fit | cache, GB | times `bf16` |", "|---" * 5 + "|"]
+    for r in sorted(rows, key=lambda r: (r["model"], -r["context"])):
+        lines.append(
+            f"| {r['model']} | `{r['plan']}` | {r['context']:,} | {r['cache_bytes'] / 1e9:.1f} | {r['context'] / base[r['model']]:.2f} |"
+        )
+    return lines
+
+
+def generate_prompts() -> list[str]:
+    """Whole prompts of one sequence."""
+    rows = json.loads((RESULTS / "generate-h100.json").read_text())["prefill"]
+    lines = [
+        "| model | prompt | in passes of | plan | seconds [low, high] | peak above the weights, GB | held afterwards, GB |",
+        "|---" * 7 + "|",
+    ]
+    for r in sorted(
+        (r for r in rows if "error" not in r), key=lambda r: (r["model"], r["context"], -(r["chunk"] or r["context"]), r["plan"])
+    ):
+        seconds = f"{r['prefill_s']:.3f} [{r['prefill_low']:.3f}, {r['prefill_high']:.3f}]"
+        lines.append(
+            f"| {r['model']} | {r['context']:,} | {r['chunk'] or r['context']:,} | `{r['plan']}` | {seconds} "
+            f"| {(r['peak_bytes'] - r['model_bytes']) / 1e9:.2f} | {r['held_bytes'] / 1e9:.2f} |"
+        )
     return lines
 
 
@@ -266,6 +305,9 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "decode": decode,
     "decode-qwen": decode_qwen,
     "generate": generate,
+    "generate-targets": partial(generate, _is_target),
+    "generate-longest": generate_longest,
+    "generate-prompts": generate_prompts,
     "heads-reasoner": heads_reasoner,
     "heads-reasoner-long": partial(heads_reasoner, "long_"),
     "heads-ablations": heads_ablations,
