@@ -44,6 +44,12 @@ def _unsupported_layout(half: HalfLayout) -> str | None:
     return None
 
 
+def _shared(half: HalfLayout) -> int:
+    """Bytes of shared memory of a CTA, at least sizeof(Shared)."""
+    dim = half.head_dim
+    return 2 * dim * dim + 2 * 128 * (2 * dim + 4 + 4) + half.nbytes + 4 * 10 * dim + 8 * dim // 16 + 64
+
+
 def unsupported(x: Tensor, half: HalfLayout, weight: Tensor | None) -> str | None:
     """Why this half of tiles cannot be packed here, or None. Reads shapes, strides and addresses only."""
     if x.device.type != "cuda" or torch.cuda.get_device_capability(x.device) < (8, 0):
@@ -53,6 +59,8 @@ def unsupported(x: Tensor, half: HalfLayout, weight: Tensor | None) -> str | Non
     rows = [(x, 8), *(() if weight is None else ((weight, 4),))]
     if any(t.stride(-1) != 1 or any(s % n for s in t.stride()[:-1]) or t.data_ptr() % 16 for t, n in rows):
         return "rows that do not begin at multiples of 16 bytes"
+    if torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin < _shared(half):
+        return f"a GPU with less than {_shared(half)} bytes of shared memory for a block"
     return _unsupported_layout(half) or why_no_nvrtc()
 
 
@@ -67,8 +75,7 @@ def _kernel(half: HalfLayout, base: int, tile_bytes: int, weighted: bool, keep: 
     numbers |= {"TWO_WIDTH": two.width, "ONE_WIDTH": one.width, "ONE_COLUMNS": one.columns}
     text = "".join(f"#define {k} {v}\n" for k, v in numbers.items()) + SOURCE.read_text()
     major, minor = torch.cuda.get_device_capability(device)
-    dim = half.head_dim
-    shared = 2 * dim * dim + 2 * 128 * (2 * dim + 4 + 4) + half.nbytes + 4 * 10 * dim + 8 * dim // 16 + 64  # at least sizeof(Shared)
+    shared = _shared(half)
     with torch.cuda.device(device):
         module = _check(driver.cuModuleLoadData(cached_cubin(text, f"sm_{major}{minor}")))
         kernel = _check(driver.cuModuleGetFunction(module, b"pack_tiles"))

@@ -15,7 +15,7 @@ from ..quant.tile import HalfLayout, TileLayout
 from .backends import resolve_packing, say_once
 
 Which = Literal["keys", "values"]
-CUDA_PACKS = ("cuda",)  # backends that pack with the CUDA kernel where it covers the tokens
+CUDA_PACKS = ("auto", "cuda")  # backends that pack with the CUDA kernel where it covers the tokens
 
 
 def kernels_failed(error: Exception, what: str, backend: str) -> None:
