@@ -49,15 +49,15 @@ __device__ __forceinline__ void factorize(const float* gram, const float* scale,
         EACH_ROW best = left[r] < 0 ? best : max(best, (__float_as_int(left[r]) & ~127) | row);
         best = __reduce_max_sync(ALL, best);
         const int p = min(best & 127, DIM - 1);
-        float pivot = 0;
-        EACH_ROW pivot = r == p / 32 ? left[r] : pivot;
+        float pivot = 0;  // sums of which one term is not zero: choices would be made through local memory
+        EACH_ROW pivot += left[r] * (r == p / 32);
         pivot = fmaxf(__shfl_sync(ALL, pivot, p % 32), SMALLEST);
         const float inverse = rsqrtf(pivot);
         float* l = factor + step * DIM;
         if (p / COLUMNS == warp) {
             EACH_ROW {
                 float entry = 0;
-                EACH_COLUMN entry = p % COLUMNS == c ? a[c][r] : entry;
+                EACH_COLUMN entry += a[c][r] * (p % COLUMNS == c);
                 const float room = fmaxf(left[r], 1e-30f), most = room * rsqrtf(room);  // more would be rounding: the rest would not be semidefinite
                 if (row < DIM) l[row] = row == p ? pivot * inverse : fminf(fmaxf(entry * inverse, -most), most);
             }
