@@ -58,7 +58,6 @@ inline uint4 ldg128(const void* a) { return __ldcg((const uint4*)a); }
 inline u32 word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
 inline constexpr float power2(int n) { return n >= 0 ? (float)(1 << n) : 1.f / (float)(1 << -n); }
 
-static int copies[sizeof memory / 8];   // that have arrived at every barrier: each completes a phase
 inline void bulk_copy(u32 to, const void* from, u32 bytes, u32 barrier) {
   if (to % 16 || (size_t)from % 16 || bytes % 16) { printf("a bulk copy is not aligned\n"); abort(); }
   memcpy(memory + to, from, bytes);

@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <vector>
 
 #define __device__
@@ -38,6 +39,7 @@ alignas(128) static unsigned char memory[232448];   // dynamic shared memory
 static ucontext_t scheduler, contexts[MOST_THREADS];
 static bool ended[MOST_THREADS];
 static int current, threads, waiting_block, block_round, waiting[MOST_THREADS / 32], warp_round[MOST_THREADS / 32];
+static int copies[sizeof memory / 8];                // bulk copies that have arrived at every barrier: each completes a phase
 static long turns;                                  // of the scheduler since the last barrier opened
 
 inline void wait_a_turn() {
@@ -86,9 +88,30 @@ inline int __reduce_max_sync(unsigned, int value) {
   return value;
 }
 
+inline int __reduce_add_sync(unsigned, int value) {
+  const Shown* all = exchange({{(unsigned)value}});
+  value = 0;
+  for (int i = 0; i < 32; i++) value += (int)all[i].word[0];
+  return value;
+}
+static int votes[2];
+inline bool __syncthreads_or(bool value) {
+  const int mine = block_round / 2 % 2;             // a vote takes two barriers
+  votes[mine] |= value;
+  __syncthreads();
+  const bool any = votes[mine];
+  __syncthreads();
+  votes[mine] = 0;
+  return any;
+}
+
 inline int __ffs(unsigned x) { return __builtin_ffs((int)x); }
 inline unsigned __float_as_uint(float x) { unsigned y; memcpy(&y, &x, 4); return y; }
 inline float __uint_as_float(unsigned x) { float y; memcpy(&y, &x, 4); return y; }
+inline int __float_as_int(float x) { return (int)__float_as_uint(x); }
+inline float __int_as_float(int x) { return __uint_as_float((unsigned)x); }
+inline float rsqrtf(float x) { return 1 / sqrtf(x); }
+inline float __fdividef(float x, float y) { return x / y; }
 inline unsigned __byte_perm(unsigned x, unsigned y, unsigned select) {
   const unsigned long long both = (unsigned long long)y << 32 | x;
   unsigned out = 0;
@@ -100,3 +123,42 @@ template <class T> inline T __ldcg(const T* p) {
   return *p;
 }
 inline size_t __cvta_generic_to_shared(const void* p) { return (const unsigned char*)p - memory; }
+
+static std::function<void()> body;
+static void run() {
+  const int me = current;
+  threadIdx = {me, 0, 0};
+  body();
+  ended[me] = true;
+  swapcontext(&contexts[me], &scheduler);
+}
+static int launch(std::function<void()> kernel, int grid, int block) {   // 1: threads wait for each other in vain
+  static std::vector<char> stacks((size_t)MOST_THREADS * STACK);
+  body = kernel; threads = block; gridDim = {grid, 1, 1};
+  for (int b = 0; b < grid; b++) {
+    blockIdx = {b, 0, 0};
+    memset(memory, 0xEE, sizeof memory);            // poison
+    memset(copies, 0, sizeof copies);
+    memset(waiting, 0, sizeof waiting);
+    waiting_block = turns = 0;
+    for (int i = 0; i < block; i++) {
+      getcontext(&contexts[i]);
+      contexts[i].uc_stack.ss_sp = stacks.data() + (size_t)i * STACK;
+      contexts[i].uc_stack.ss_size = STACK;
+      makecontext(&contexts[i], run, 0);
+      ended[i] = false;
+    }
+    for (bool left = true; left;) {
+      left = false;
+      if (++turns > 10000) return 1;
+      for (int i = 0; i < block; i++)
+        if (!ended[i]) {
+          left = true;
+          current = i;
+          threadIdx = {i, 0, 0};
+          swapcontext(&scheduler, &contexts[i]);
+        }
+    }
+  }
+  return 0;
+}
