@@ -497,7 +497,10 @@ class Bench:
         """Compile what these points of one model need, then give the memory of its weights back until `restore`."""
         self.load(points[0].model)
         self.compiled = True
-        alike = (replace(p, context=p.context if p.plan in STATIC else 2048) for p in points if p.kind in ("steps", "largest"))
+        compiled = [
+            p for p in points if p.kind in ("steps", "largest") and (p.plan in OURS or p.plan in STATIC)
+        ]  # all of ours share a step
+        alike = (replace(p, context=p.context if p.plan in STATIC else 2048) for p in compiled)
         for point in dict.fromkeys(alike):
             self.attention(point.plan)
             for batch in (2, 3) if point.kind == "largest" else (point.batch,):  # the second batch of a step makes it general
@@ -583,6 +586,7 @@ def run(args: argparse.Namespace) -> None:
     todo = [p for p in todo if p.name not in done and re.search(args.only, p.name)]
     if args.wait:
         bench.compile(todo)
+        print("waiting", flush=True)
         while not args.wait.exists():
             time.sleep(0.1)
         started = time.time()
