@@ -27,10 +27,20 @@ __device__ __forceinline__ float warp_sum(float x) {
 template <int H> __device__ constexpr int left_of(int i) { return i / H * 2 * H + i % H; }
 template <int H, int R> __device__ constexpr int right_of(int i) { return i / H * 2 * H + H + (i % H + R) % H; }
 
+// Register c of a thread's columns, without a branch: the half that holds it is chosen by each bit of c.
+template <int N> __device__ __forceinline__ float column_of(const Columns& a, int c, int r, int first = 0) {
+    if constexpr (N == 1)
+        return a[first][r];
+    else {
+        const float low = column_of<N / 2>(a, c, r, first), high = column_of<N / 2>(a, c, r, first + N / 2);
+        return c & N / 2 ? high : low;
+    }
+}
+
 // The factor's columns in the order of the pivots, in shared memory, float [DIM, DIM].
 __device__ __forceinline__ void factorize(const float* gram, const float* scale, float* factor, int warp, int lane) {
     Columns a;
-    float left[ROWS], own_scale[ROWS], trace = 0;  // left: the diagonal of what is left to factorize, in every warp; -1: done
+    float left[ROWS], lowest[ROWS], own_scale[ROWS], trace = 0;  // left: the diagonal of what is left to factorize, in every warp; -1: done
     EACH_ROW {
         own_scale[r] = row < DIM ? scale[row] : 0.0f;
         left[r] = row < DIM ? gram[row * (DIM + 1)] * own_scale[r] * own_scale[r] : -1.0f;
@@ -39,39 +49,51 @@ __device__ __forceinline__ void factorize(const float* gram, const float* scale,
     const float unit = DIM / fmaxf(warp_sum(trace), 1e-30f);
     EACH_ROW {
         left[r] = row < DIM ? left[r] * unit : -1.0f;
+        lowest[r] = row < DIM ? 0.0f : -1.0f;
         EACH_COLUMN {
             const int k = COLUMNS * warp + c;
             a[c][r] = row < DIM && k < DIM ? 0.5f * unit * (gram[k * DIM + row] + gram[row * DIM + k]) * own_scale[r] * scale[k] : 0.0f;
         }
     }
-    for (int step = 0; step < DIM; ++step) {
-        int best = 0;  // the largest pivot: its bits, with the row in the lowest seven
-        EACH_ROW best = left[r] < 0 ? best : max(best, (__float_as_int(left[r]) & ~127) | row);
-        best = __reduce_max_sync(ALL, best);
-        const int p = min(best & 127, DIM - 1);
-        float pivot = 0;  // sums of which one term is not zero: choices would be made through local memory
-        EACH_ROW pivot += left[r] * (r == p / 32);
+    int p;
+    float pivot, inverse, most[ROWS];  // most: a larger entry would be rounding, what is left would not be semidefinite
+    auto find_pivot = [&] {
+        int best = 0;  // the largest one's bits, with the row in the lowest seven; those of -1 are negative
+        EACH_ROW best = max(best, (__float_as_int(left[r]) & ~127) | row);
+        p = min(__reduce_max_sync(ALL, best) & 127, DIM - 1);
+        pivot = left[0];
+#pragma unroll
+        for (int r = 1; r < ROWS; ++r) pivot = p >= 32 * r ? left[r] : pivot;
         pivot = fmaxf(__shfl_sync(ALL, pivot, p % 32), SMALLEST);
-        const float inverse = rsqrtf(pivot);
+        inverse = rsqrtf(pivot);
+        EACH_ROW most[r] = left[r] > 0 ? left[r] * rsqrtf(left[r]) : 0.0f;
+    };
+    find_pivot();
+    for (int step = 0; step < DIM; ++step) {
         float* l = factor + step * DIM;
         if (p / COLUMNS == warp) {
             EACH_ROW {
-                float entry = 0;
-                EACH_COLUMN entry += a[c][r] * (p % COLUMNS == c);
-                const float room = fmaxf(left[r], 1e-30f), most = room * rsqrtf(room);  // more would be rounding: the rest would not be semidefinite
-                if (row < DIM) l[row] = row == p ? pivot * inverse : fminf(fmaxf(entry * inverse, -most), most);
+                const float entry = fminf(fmaxf(column_of<COLUMNS>(a, p % COLUMNS, r) * inverse, -most[r]), most[r]);
+                if (row < DIM) l[row] = row == p ? pivot * inverse : entry;
             }
         }
         __syncthreads();
         float own[ROWS];
         EACH_ROW {
             own[r] = row < DIM ? l[row] : 0.0f;
-            if (left[r] >= 0) left[r] = row == p ? -1.0f : fmaxf(left[r] - own[r] * own[r], 0.0f);
+            lowest[r] = row == p ? -1.0f : lowest[r];
+            left[r] = row == p ? -1.0f : fmaxf(left[r] - own[r] * own[r], lowest[r]);
         }
-        EACH_COLUMN {
-            const int k = COLUMNS * warp + c;
-            const float other = k < DIM ? l[k] : 0.0f;
-            EACH_ROW a[c][r] -= own[r] * other;
+        find_pivot();
+#pragma unroll
+        for (int c = 0; c < COLUMNS; c += 4) {
+            const float4 other = *(const float4*)(l + COLUMNS * warp + c);  // beyond DIM: columns that nobody reads
+            EACH_ROW {
+                a[c][r] -= own[r] * other.x;
+                a[c + 1][r] -= own[r] * other.y;
+                a[c + 2][r] -= own[r] * other.z;
+                a[c + 3][r] -= own[r] * other.w;
+            }
         }
     }
 }

@@ -15,7 +15,7 @@ from .cuda_decode import _check, _start, cached_cubin
 SOURCE = Path(__file__).with_name("basis.cu")
 SWEEPS = 5  # of Jacobi rotations; `balanced` then loses 1e-4 against the exact axes for spectra of two and four decades (four sweeps: 5e-3)
 LARGEST = 128  # head_dim: a matrix in shared memory
-BLOCK = 4  # columns; a warp holds two blocks
+BLOCK = 8  # columns; a warp holds two blocks
 
 
 def unsupported(dim: int, device: torch.device) -> str | None:
