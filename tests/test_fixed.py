@@ -11,6 +11,7 @@ from transformers import CompileConfig
 from transformers.utils import ModelOutput
 
 import bitsandheads as bh
+from bitsandheads import seam
 from bitsandheads.graphs import CapturedSteps
 
 COMPOSED = bh.CachePlan("composed", (bh.HeadGroup((0,), quant=FINE), bh.HeadGroup((1,), window=bh.Window(4, 24))))
@@ -165,6 +166,30 @@ def test_crop_beams_and_saving_go_on_from_the_device_counts(tmp_path) -> None:
     assert outs[1] == outs[3]
 
 
+def test_padding_in_a_step_is_seen_in_every_call_of_generate(monkeypatch) -> None:
+    """Only within a call the mask need not be looked at again."""
+    model = tm.make("llama")
+    looks: list[bool] = []
+    check = seam._check_step
+
+    def noted(capacity, mask, looked_at=False) -> None:
+        if mask is not None:
+            looks.append(not looked_at)
+        check(capacity, mask, looked_at)
+
+    monkeypatch.setattr(seam, "_check_step", noted)
+    run = OnCpu(model, monkeypatch)
+    create = model.get_compiled_call
+    monkeypatch.setattr(model, "get_compiled_call", lambda config: seam._CALLS.setdefault(id(model), create(config)))
+    inputs = tm.left_padded([60, 51])
+    got, _ = run.generate(inputs, MIXED, 100, new=9)
+    assert looks == [False] * 8
+    mask = torch.cat([inputs["attention_mask"], torch.ones(2, 9, dtype=torch.long)], 1)
+    mask[1, -1] = 0
+    with pytest.raises(bh.CacheStateError, match="is padding for some sequences"):
+        tm.generate(model, {"input_ids": got, "attention_mask": mask}, run.cache, new=4)
+
+
 def test_beams_and_sampling() -> None:
     model = tm.make("llama")
     inputs = tm.left_padded([20, 7])
@@ -273,13 +298,16 @@ def test_steps_that_pack_are_captured_for_themselves(plan: str, monkeypatch) -> 
 
 
 def test_a_copied_model_compiles_its_own_step(monkeypatch) -> None:
-    """And a configured compilation, or disable(), leaves the step to transformers."""
+    """And one for each way to compile; one with CUDA graphs of torch.compile's own, or disable(), leaves the step to transformers."""
     model = tm.make("llama")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     own = model.get_compiled_call(None)
     assert isinstance(own, CapturedSteps) and model.get_compiled_call(None).compiled is own.compiled
     other = copy.deepcopy(model)
     assert other.get_compiled_call(None).compiled is not own.compiled
+    tuned = [CompileConfig(mode=None, options={"coordinate_descent_tuning": on}) for on in (True, True, False)]
+    steps = [model.get_compiled_call(config).compiled for config in tuned]
+    assert steps[0] is steps[1] and len({own.compiled, *steps}) == 3
     assert not isinstance(model.get_compiled_call(CompileConfig(dynamic=False)), CapturedSteps)
     bh.disable(model)
     assert not isinstance(model.get_compiled_call(None), CapturedSteps)

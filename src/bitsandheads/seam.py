@@ -158,40 +158,52 @@ def _mask(base: Callable[..., Any]) -> Callable[..., Any]:
     return mask
 
 
-def _check_step(capacity: int, mask: Tensor | None) -> None:
-    """Raise CacheStateError where the padding mask [B, all tokens] of a step of fixed capacity asks for what it cannot do."""
+def _check_step(capacity: int, mask: Tensor | None, looked_at: bool = False) -> None:
+    """Raise CacheStateError where the padding mask [B, all tokens] of a step of fixed capacity asks for what it cannot do.
+
+    looked_at: its newest column is known to be ones.
+    """
     if mask is None:
         return
     if mask.shape[1] > capacity:
         raise no_room(capacity, mask.shape[1])
-    if mask.shape[0] > 1 and not bool(mask[:, -1].all()):
+    if mask.shape[0] > 1 and not looked_at and not bool(mask[:, -1].all()):
         raise CacheStateError(
             "A single new token is padding for some sequences; a cache of fixed capacity cannot leave it out. Give such a turn as two "
             "tokens or more (left-padded), or make the cache without capacity."
         )
 
 
-def _step_masks(others: Callable[..., Any], **kwargs: Any) -> Any:
-    """`create_masks_for_generate`, which `generate` calls before each compiled step: a step of fixed capacity needs no mask."""
+def _step_masks(model: Any, others: Callable[..., Any], **kwargs: Any) -> Any:
+    """`create_masks_for_generate`, which `generate` calls before each compiled step: a step of fixed capacity needs no mask.
+
+    The padding mask is looked at in the first step of a call of `generate`; its loop then adds columns of ones. To look again would cost a transfer.
+    """
     cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
     if isinstance(cache, CompressedCache) and cache.fixed is not None and mask is not None and mask.ndim == 2:
         cache.fixed.before(kwargs["inputs_embeds"].shape[1])
         if cache.fixed.running:
-            _check_step(cache.fixed.capacity, mask)
+            _check_step(cache.fixed.capacity, mask, looked_at=id(model) in _CALLS and not kwargs.get("is_first_iteration", True))
             return None
     return others(**kwargs)
 
 
+_CALLS: weakref.WeakValueDictionary[int, CapturedSteps] = weakref.WeakValueDictionary()  # calls of `generate` that run, by the model's id
+
+
 def _compiled_call(model: Any, compile_config: Any = None) -> Any:
-    """`model.get_compiled_call`, which `generate` calls once: steps of fixed capacity are captured here, unless the user configures how to compile."""
+    """`model.get_compiled_call`, which `generate` calls once: steps of fixed capacity are captured here, unless torch.compile is to do that."""
     plain = type(model).get_compiled_call(model, compile_config)
-    if compile_config is not None or model.generation_config.compile_config is not None or not torch.cuda.is_available():
+    config = compile_config or model.generation_config.compile_config
+    how = {} if config is None else config.to_dict()
+    if not torch.cuda.is_available() or how.get("mode") in ("reduce-overhead", "max-autotune"):
         return plain
-    owner, step = model.__dict__.get("bitsandheads_step", (0, None))
-    if owner != id(model):  # not compiled yet, or for the model that this one is a copy of
-        step = torch.compile(model.__call__)
-        model.__dict__["bitsandheads_step"] = id(model), step
-    return CapturedSteps(step, plain)
+    made_for, step = model.__dict__.get("bitsandheads_step", (None, None))
+    if made_for != (id(model), how):  # not compiled yet, or otherwise, or for the model that this one is a copy of
+        step = torch.compile(model.__call__, **how)
+        model.__dict__["bitsandheads_step"] = (id(model), how), step
+    steps = _CALLS[id(model)] = CapturedSteps(step, plain)
+    return steps
 
 
 def _watch_generate(model: Any) -> None:
@@ -199,7 +211,7 @@ def _watch_generate(model: Any) -> None:
     if hasattr(model, "get_compiled_call"):
         model.__dict__["get_compiled_call"] = partial(_compiled_call, model)
         others = getattr(type(model), "create_masks_for_generate", create_masks_for_generate)
-        model.__dict__["create_masks_for_generate"] = partial(_step_masks, others)
+        model.__dict__["create_masks_for_generate"] = partial(_step_masks, model, others)
 
 
 def _eager_of(module: torch.nn.Module) -> Any:
