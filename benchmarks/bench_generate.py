@@ -46,6 +46,7 @@ FEW = 8, 3  # the same for caches that take long
 QUERIES = 256  # newest queries that packing looks at
 STEPS_SECONDS, ROW_SECONDS = 8.0, 90  # a row takes no more steps after this time, and is given up
 CHUNK = 8192  # tokens of a pass, for prompts in chunks
+TUNED = {"coordinate_descent_tuning": True}  # options of torch.compile
 SPARE = 3 << 30  # bytes that the largest batch leaves to the steps themselves, and 4 MiB more for each sequence
 WINDOW = bh.Window(16, 64)
 QWEN25 = dict(
@@ -79,7 +80,8 @@ MODELS: dict[str, Callable[[], Any]] = {
 class Point:
     """What a row measures.
 
-    kind: "steps"; "largest": with the largest batch that fits; "longest": no steps, the longest context; "prefill", "chunked": no steps, the prompt.
+    kind: "steps"; "tuned": steps compiled with TUNED; "largest": with the largest batch that fits; "longest": no steps, the longest context;
+    "prefill", "chunked": no steps, the prompt.
     """
 
     model: str
@@ -106,11 +108,12 @@ def points() -> Iterator[Point]:
     first, *others = list(MODELS)[:3]
     more = [p for p in bh.preset_names() if p not in OURS]
     yield from (Point(first, plan, batch, context) for batch, context in ((8, 32768), (1, 8192)) for plan in OURS)
+    yield from (Point(first, plan, 1, 8192, "tuned") for plan in OURS)
     yield from (Point(first, plan, 1, 32768, "largest") for plan in OURS)
     yield from (Point(first, plan, 1, 32768, kind) for kind in ("prefill", "chunked") for plan in ("balanced", "bf16"))
     yield from (Point(first, f"hf-{kind}", 8, 32768) for kind in ("static", "quanto-2", "hqq-2", "dynamic"))
     yield from (Point(first, plan, 8, 32768) for plan in more)
-    yield from (Point(first, plan, 1, 131072) for plan in OURS)
+    yield from (Point(first, plan, 1, 131072, kind) for kind in ("steps", "tuned") for plan in OURS)
     yield from (Point(first, plan, 1, 2048, "longest") for plan in (*OURS, "extreme"))
     yield from (Point(first, plan, 1, 131072, "prefill") for plan in ("balanced", "bf16"))
     rest = [(1, 32768), (32, 32768), (8, 8192), (32, 8192), (8, 131072), (32, 131072)]
@@ -264,7 +267,7 @@ class Watch(tf.StoppingCriteria):
 def measure(point: Point, model: Any, prompt: Prompt, device: str, few: bool = False) -> dict[str, Any]:
     """One row; `prompt` is one token shorter than the context (a shorter one only compiles the step). few: only a few steps."""
     new, warm = FEW if few or (point.plan.startswith("hf-") and point.plan not in STATIC) else STEPS
-    row: dict[str, Any] = {"batch": point.batch}
+    row: dict[str, Any] = {"batch": point.batch, **({"tuned": True} if point.kind == "tuned" else {})}
     on_gpu = device == "cuda"
     check_room(point, model, device)
     if on_gpu:
@@ -280,6 +283,7 @@ def measure(point: Point, model: Any, prompt: Prompt, device: str, few: bool = F
     model.generate(
         ids, attention_mask=torch.ones_like(ids), past_key_values=cache, do_sample=False, max_new_tokens=new, min_new_tokens=new,
         stopping_criteria=[watch],
+        compile_config=tf.CompileConfig(mode=None, options=TUNED) if point.kind == "tuned" else None,
     )  # fmt: skip
     steps = sorted(b - a for a, b in zip(watch.times[warm:], watch.times[warm + 1 :], strict=False))
     ms = 1e3 * statistics.median(steps)
@@ -370,7 +374,7 @@ def prefill(point: Point, model: Any, prompt: None, device: str) -> dict[str, An
 
 SECTIONS = ("rows", "longest", "prefill")
 SECTION = {"longest": "longest", "prefill": "prefill", "chunked": "prefill"}  # of the file; all others: rows
-KINDS = {"steps": measure, "largest": largest, "longest": longest, "prefill": prefill, "chunked": prefill}
+KINDS = {"steps": measure, "tuned": measure, "largest": largest, "longest": longest, "prefill": prefill, "chunked": prefill}
 
 
 def clean(device: str) -> None:
@@ -498,7 +502,7 @@ class Bench:
         self.load(points[0].model)
         self.compiled = True
         compiled = [
-            p for p in points if p.kind in ("steps", "largest") and (p.plan in OURS or p.plan in STATIC)
+            p for p in points if p.kind in ("steps", "tuned", "largest") and (p.plan in OURS or p.plan in STATIC)
         ]  # all of ours share a step
         alike = (replace(p, context=p.context if p.plan in STATIC else 2048) for p in compiled)
         for point in dict.fromkeys(alike):

@@ -237,7 +237,7 @@ def _or_dash(value: float | None, unit: float, places: int) -> str:
 
 
 def _generate_place(r: dict) -> tuple:
-    return r["model"], r["context"], r.get("largest", False), 0 if r.get("largest") else r["batch"]
+    return r["model"], r["context"], r.get("largest", False), 0 if r.get("largest") else r["batch"], r.get("tuned", False)
 
 
 def _generate_rows(keep: Callable[[dict], bool]) -> list[tuple[dict, dict]]:
@@ -251,7 +251,7 @@ def _generate_rows(keep: Callable[[dict], bool]) -> list[tuple[dict, dict]]:
 def generate(keep: Callable[[dict], bool] = lambda r: True) -> list[str]:
     lines = ["| model | context | batch | plan | ms per step | tokens/s | times `bf16` | cache, GB | peak, GB |", "|---" * 9 + "|"]
     for r, base in _generate_rows(keep):
-        batch = f"{r['batch']}{' (largest)' if r.get('largest') else ''}"
+        batch = f"{r['batch']}{' (largest)' if r.get('largest') else ' (tuned)' if r.get('tuned') else ''}"
         start = f"| {r['model']} | {r['context']:,} | {batch} | `{r['plan']}` |"
         if "error" in r:
             lines.append(f"{start} {'does not fit' if 'OutOfMemory' in r['error'] else r['error'].split(':')[0]} | | | | |")

@@ -198,10 +198,11 @@ def _compiled_call(model: Any, compile_config: Any = None) -> Any:
     how = {} if config is None else config.to_dict()
     if not torch.cuda.is_available() or how.get("mode") in ("reduce-overhead", "max-autotune"):
         return plain
-    made_for, step = model.__dict__.get("bitsandheads_step", (None, None))
-    if made_for != (id(model), how):  # not compiled yet, or otherwise, or for the model that this one is a copy of
+    known = model.__dict__.setdefault("bitsandheads_steps", [])
+    step = next((step for owner, config, step in known if owner == id(model) and config == how), None)
+    if step is None:  # not compiled yet, or otherwise, or for the model that this one is a copy of
         step = torch.compile(model.__call__, **how)
-        model.__dict__["bitsandheads_step"] = (id(model), how), step
+        known.append((id(model), how, step))
     steps = _CALLS[id(model)] = CapturedSteps(step, plain)
     return steps
 
