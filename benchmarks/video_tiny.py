@@ -155,7 +155,7 @@ def merge(args: argparse.Namespace) -> None:
     runs = [json.loads(path.read_text()) for path in sorted(args.output.rglob("run.json"))]
     rows = rows_of(records, transformers.AutoConfig.from_pretrained(args.model))
     about = {"model": args.model.name, "questions": args.questions, "frames": args.frames}
-    write_json(about | {"runs": [{k: r[k] for k in ("config", "versions", "commit")} for r in runs], "rows": rows}, args.result)
+    write_json(about | {"runs": [{k: r[k] for k in ("config", "versions")} for r in runs], "rows": rows}, args.result)
     for r in rows:
         if r["kind"] == "all":
             bits = f"{r['bits_per_element']:.2f}  {r['bits_per_element_at_32k']:.2f}"
