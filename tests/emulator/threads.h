@@ -110,8 +110,6 @@ inline unsigned __float_as_uint(float x) { unsigned y; memcpy(&y, &x, 4); return
 inline float __uint_as_float(unsigned x) { float y; memcpy(&y, &x, 4); return y; }
 inline int __float_as_int(float x) { return (int)__float_as_uint(x); }
 inline float __int_as_float(int x) { return __uint_as_float((unsigned)x); }
-inline float rsqrtf(float x) { return 1 / sqrtf(x); }
-inline float __fdividef(float x, float y) { return x / y; }
 inline unsigned __byte_perm(unsigned x, unsigned y, unsigned select) {
   const unsigned long long both = (unsigned long long)y << 32 | x;
   unsigned out = 0;

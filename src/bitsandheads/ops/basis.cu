@@ -12,6 +12,19 @@ typedef float Columns[COLUMNS][ROWS];
 #define EACH_ROW _Pragma("unroll") for (int r = 0, row = lane; r < ROWS; ++r, row += 32)
 #define EACH_COLUMN _Pragma("unroll") for (int c = 0; c < COLUMNS; ++c)
 
+// Approximate, with two units in the last place; below 1e-38 is zero.
+__device__ __forceinline__ float inverse_root(float x) {
+    float y;
+    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+__device__ __forceinline__ float inverse_of(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 __device__ __forceinline__ float warp_sum(float x) {
     for (int d = 16; d; d /= 2) x += __shfl_xor_sync(ALL, x, d);
     return x;
@@ -65,8 +78,8 @@ __device__ __forceinline__ void factorize(const float* gram, const float* scale,
 #pragma unroll
         for (int r = 1; r < ROWS; ++r) pivot = p >= 32 * r ? left[r] : pivot;
         pivot = fmaxf(__shfl_sync(ALL, pivot, p % 32), SMALLEST);
-        inverse = rsqrtf(pivot);
-        EACH_ROW most[r] = left[r] > 0 ? left[r] * rsqrtf(left[r]) : 0.0f;
+        inverse = inverse_root(pivot);
+        EACH_ROW most[r] = left[r] > 0 ? left[r] * inverse_root(left[r]) : 0.0f;
     };
     find_pivot();
     for (int step = 0; step < DIM; ++step) {
@@ -100,7 +113,7 @@ __device__ __forceinline__ void factorize(const float* gram, const float* scale,
 
 // Rotate BLOCK pairs of columns; SHARE neighbouring lanes find the angle of a pair. Columns are scaled: column c is w[c] times the `scale` of
 // the lanes c, c + COLUMNS, ..., which also hold its squared norm, so that a rotation takes two operations for two elements (fast Givens).
-// Quotients and roots are approximate (2 units in the last place): later rotations put an angle right, and cosine and tangent agree.
+// That roots and quotients are approximate does no harm: later rotations put an angle right, and cosine and tangent agree.
 template <int H, int R> __device__ __forceinline__ bool rotate(Columns& w, float& norm, float& scale, int lane) {
     float dot[BLOCK];
 #pragma unroll
@@ -123,10 +136,10 @@ template <int H, int R> __device__ __forceinline__ bool rotate(Columns& w, float
     const float scale_x = __shfl_sync(ALL, scale, x), scale_y = __shfl_sync(ALL, scale, y);
     const float g = dot[0] * scale_x * scale_y, gap = norm_y - norm_x;
     const bool turn = g * g > ORTHOGONAL * ORTHOGONAL * norm_x * norm_y;
-    if (!__any_sync(ALL, turn)) return false;
-    const float reach = gap * gap + 4 * g * g;  // tangent of the smaller angle (Golub and Van Loan, section 8.5.2)
-    const float t = turn ? __fdividef(gap >= 0 ? 2 * g : -2 * g, fabsf(gap) + reach * rsqrtf(reach)) : 0.0f;
-    const float cosine = rsqrtf(1 + t * t), moved = t * g, to_x = t * __fdividef(scale_y, scale_x), to_y = t * __fdividef(scale_x, scale_y);
+    const float reach = gap * gap + 4 * g * g + 1e-37f;
+    const float t = (turn ? copysignf(2 * g, g * gap) : 0.0f) * inverse_of(fabsf(gap) + reach * inverse_root(reach));  // of the smaller angle
+    const float cosine = inverse_root(1 + t * t), moved = t * g;  // (Golub and Van Loan, section 8.5.2)
+    const float to_x = t * (scale_y * inverse_of(scale_x)), to_y = t * (scale_x * inverse_of(scale_y));
 #pragma unroll
     for (int i = 0; i < BLOCK; ++i) {
         const float px = __shfl_sync(ALL, to_x, SHARE * i), py = __shfl_sync(ALL, to_y, SHARE * i);
@@ -142,7 +155,7 @@ template <int H, int R> __device__ __forceinline__ bool rotate(Columns& w, float
     scale *= __shfl_sync(ALL, cosine, from);
     const float change = __shfl_sync(ALL, moved, from);
     norm += k < H ? -change : change;
-    return true;
+    return turn;
 }
 
 template <int H, int R = 0> __device__ __forceinline__ bool rotate_all(Columns& w, float& norm, float& scale, int lane) {
@@ -216,7 +229,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) principal_axes(const fl
         int place = 0;  // how many eigenvalues come before this one
         for (int k = lane; k < COLUMNS * WARPS; k += 32) place += state[k] > own || (state[k] == own && k < COLUMNS * warp + c);
         place = __reduce_add_sync(ALL, place);
-        const float length = rsqrtf(own);
+        const float length = inverse_root(own);
         EACH_ROW if (row < DIM && place < DIM) axes[(n * DIM + place) * DIM + row] = w[c][r] * length;
     }
 }
@@ -275,7 +288,7 @@ extern "C" __global__ void __launch_bounds__(DIM * DIM / 32) map_back(const floa
             }
             __syncthreads();
             if (left && column + 8 <= first) continue;  // done: these columns are those of the identity
-            const float inverse = __fdividef(1.0f, ((const float*)line)[j]);
+            const float inverse = inverse_of(((const float*)line)[j]);
             const float4 f0 = pivot[rows], f1 = pivot[DIM / 8 + rows], l0 = line[2 * group], l1 = line[2 * group + 1];
             const float factors[8] = {f0.x, f0.y, f0.z, f0.w, f1.x, f1.y, f1.z, f1.w}, pivot_row[8] = {l0.x, l0.y, l0.z, l0.w, l1.x, l1.y, l1.z, l1.w};
 #pragma unroll
