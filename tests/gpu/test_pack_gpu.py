@@ -26,13 +26,48 @@ def quant_of(preset: str) -> KVQuant:
     return get_plan(preset).groups[0].quant
 
 
-@pytest.mark.parametrize("backend", ["triton", "cuda"])
-@pytest.mark.parametrize(("preset", "prompt"), [("balanced", 1500), ("extreme", 1200), ("kivi-2", 700), ("vidkv-1.5/1.66", 700)])
-def test_life_of_a_layer(preset: str, prompt: int, backend: str) -> None:
-    """Prompt with padding, single tokens over several tiles, chunks."""
-    if backend == "cuda" and preset not in ("balanced", "extreme"):
-        pytest.skip("the CUDA kernels do not cover it")
-    t.check_life(quant_of(preset), 128, torch.bfloat16, "cuda", prompt, [1] * 150 + [4, 8, 300, 1], window=True, backend=backend)
+@pytest.mark.parametrize(
+    ("backend", "preset", "prompt", "chunks"),
+    [
+        ("triton", "balanced", 1500, [4, 8, 300, 1]),
+        ("triton", "extreme", 1200, [300, 1]),
+        ("triton", "kivi-2", 700, [300, 1]),
+        ("triton", "vidkv-1.5/1.66", 700, [8]),
+        ("cuda", "balanced", 1500, [4, 8, 300, 1]),
+        ("cuda", "extreme", 1200, [300, 1]),
+    ],
+)
+def test_life_of_a_layer(backend: str, preset: str, prompt: int, chunks: list[int]) -> None:
+    """Prompt with padding, single tokens over several tiles, chunks. The slowest tests come first, for workers that run side by side."""
+    t.check_life(quant_of(preset), 128, torch.bfloat16, "cuda", prompt, [1] * 150 + chunks, window=True, backend=backend)
+
+
+@torch.no_grad()
+def test_a_model_loses_no_more_than_with_the_reference() -> None:
+    """Logits of forced tokens over two newly packed tiles. Where codes need no basis the kernels' logits are the reference's but for codes on ties. Principal
+    axes of close eigenvalues are arbitrary, and with them the errors: there both lose equally much against the model without a cache."""
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=2,
+        head_dim=64, max_position_embeddings=8192, initializer_range=0.08,
+    )  # fmt: skip
+    model = Qwen3ForCausalLM(config).bfloat16().cuda().eval()
+    prompt, new = 900, 140
+    ids = torch.randint(0, 512, (2, prompt + new), generator=torch.Generator().manual_seed(1)).cuda()
+    exact = model(ids).logits[:, prompt - 1 :].float()
+
+    def forced(plan: str, backend: str) -> torch.Tensor:
+        with bh.enabled(model):
+            cache = bh.CompressedCache(plan, model, backend=backend)
+            logits = [model(ids[:, :prompt], past_key_values=cache).logits[:, -1:]]
+            logits += [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(prompt, prompt + new)]
+        return torch.cat(logits, 1).float()
+
+    for plan, alike in (("balanced", False), ("kivi-2", True)):
+        want, got = forced(plan, "reference"), forced(plan, "auto")
+        reference, ours, apart = (d.norm().item() for d in (want - exact, got - exact, got - want))
+        assert 0 < ours < 1.1 * reference, (plan, ours, reference, apart, exact.norm().item())
+        assert not alike or apart < 0.3 * reference, (plan, ours, reference, apart)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -172,34 +207,6 @@ def test_compiled() -> None:
     torch.compile(step, fullgraph=True)(x, tiles)
     step(x, other)
     assert torch.equal(tiles, other) and tiles[:, :, 1].any()
-
-
-@torch.no_grad()
-def test_a_model_loses_no_more_than_with_the_reference() -> None:
-    """Logits of forced tokens over two newly packed tiles. Where codes need no basis the kernels' logits are the reference's but for codes on ties. Principal
-    axes of close eigenvalues are arbitrary, and with them the errors: there both lose equally much against the model without a cache."""
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=2,
-        head_dim=64, max_position_embeddings=8192, initializer_range=0.08,
-    )  # fmt: skip
-    model = Qwen3ForCausalLM(config).bfloat16().cuda().eval()
-    prompt, new = 900, 140
-    ids = torch.randint(0, 512, (2, prompt + new), generator=torch.Generator().manual_seed(1)).cuda()
-    exact = model(ids).logits[:, prompt - 1 :].float()
-
-    def forced(plan: str, backend: str) -> torch.Tensor:
-        with bh.enabled(model):
-            cache = bh.CompressedCache(plan, model, backend=backend)
-            logits = [model(ids[:, :prompt], past_key_values=cache).logits[:, -1:]]
-            logits += [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(prompt, prompt + new)]
-        return torch.cat(logits, 1).float()
-
-    for plan, alike in (("balanced", False), ("kivi-2", True)):
-        want, got = forced(plan, "reference"), forced(plan, "auto")
-        reference, ours, apart = (d.norm().item() for d in (want - exact, got - exact, got - want))
-        assert 0 < ours < 1.1 * reference, (plan, ours, reference, apart, exact.norm().item())
-        assert not alike or apart < 0.3 * reference, (plan, ours, reference, apart)
 
 
 def test_numbers_that_cannot_be_packed() -> None:
