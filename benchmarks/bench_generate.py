@@ -11,7 +11,8 @@ both for one sequence (`prefilled_sequences`). `cache_bytes` are the bytes of th
 decode steps, model and cache included. Rows marked `largest` have the largest batch that fits: from the plan's bytes, then less until the allocator
 agrees. `longest` holds the longest context whose cache can be allocated beside the model, by bisection; `prefill` whole prompts of one sequence that the
 model reads into the cache itself, at once or in chunks: seconds (the median of `repeats`), the allocator's peak, and what is held afterwards. What
-packing costs a prompt is the difference between the plans there; `packing_s` above is more, for it waits for every layer by itself.
+packing costs a prompt is the difference between the plans there; `packing_s` above is more, for it waits for every layer by itself. `profiles`:
+the kernels of a step, microseconds in which any runs (`busy_us`), and in which none does between one and the next (`between_us`).
 
 A row that fails is kept with its `error`; a cache that the plan's bytes say cannot fit is not tried. Rows are written as they come; rows that the file
 holds are not measured again, so a job that is cut short goes on where it was. Those that failed for another cause than memory are, and so are those
@@ -46,6 +47,7 @@ FEW = 8, 3  # the same for caches that take long
 QUERIES = 256  # newest queries that packing looks at
 STEPS_SECONDS, ROW_SECONDS = 8.0, 90  # a row takes no more steps after this time, and is given up
 CHUNK = 8192  # tokens of a pass, for prompts in chunks
+PROFILED, BETWEEN_US = 6, 20  # steps of a profile; longer than that the GPU waits for the host
 TUNED = {"coordinate_descent_tuning": True}  # options of torch.compile
 SPARE = 3 << 30  # bytes that the largest batch leaves to the steps themselves, and 4 MiB more for each sequence
 WINDOW = bh.Window(16, 64)
@@ -81,7 +83,7 @@ class Point:
     """What a row measures.
 
     kind: "steps"; "tuned": steps compiled with TUNED; "largest": with the largest batch that fits; "longest": no steps, the longest context;
-    "prefill", "chunked": no steps, the prompt.
+    "prefill", "chunked": no steps, the prompt; "profile": the kernels of some steps.
     """
 
     model: str
@@ -109,12 +111,13 @@ def points() -> Iterator[Point]:
     more = [p for p in bh.preset_names() if p not in OURS]
     yield from (Point(first, plan, batch, context) for batch, context in ((8, 32768), (1, 8192)) for plan in OURS)
     yield from (Point(first, plan, 1, 8192, "tuned") for plan in OURS)
+    yield from (Point(first, plan, batch, context, "profile") for batch, context in ((8, 32768), (1, 8192)) for plan in OURS[:2])
     yield from (Point(first, plan, 1, 32768, "largest") for plan in OURS)
     yield from (Point(first, plan, 1, 32768, kind) for kind in ("prefill", "chunked") for plan in ("balanced", "bf16"))
-    yield from (Point(first, f"hf-{kind}", 8, 32768) for kind in ("static", "quanto-2", "hqq-2", "dynamic"))
-    yield from (Point(first, plan, 8, 32768) for plan in more)
     yield from (Point(first, plan, 1, 131072, kind) for kind in ("steps", "tuned") for plan in OURS)
     yield from (Point(first, plan, 1, 2048, "longest") for plan in (*OURS, "extreme"))
+    yield from (Point(first, f"hf-{kind}", 8, 32768) for kind in ("static", "quanto-2", "hqq-2", "dynamic"))
+    yield from (Point(first, plan, 8, 32768) for plan in more)
     yield from (Point(first, plan, 1, 131072, "prefill") for plan in ("balanced", "bf16"))
     rest = [(1, 32768), (32, 32768), (8, 8192), (32, 8192), (8, 131072), (32, 131072)]
     yield from (Point(first, plan, b, t) for b, t in rest for plan in OURS)
@@ -264,41 +267,81 @@ class Watch(tf.StoppingCriteria):
         return self.stop if len(self.times) >= self.enough and self.times[-1] - self.times[0] > STEPS_SECONDS else self.go_on
 
 
-def measure(point: Point, model: Any, prompt: Prompt, device: str, few: bool = False) -> dict[str, Any]:
-    """One row; `prompt` is one token shorter than the context (a shorter one only compiles the step). few: only a few steps."""
-    new, warm = FEW if few or (point.plan.startswith("hf-") and point.plan not in STATIC) else STEPS
+class Profile(Watch):
+    """Profiles PROFILED steps."""
+
+    def __init__(self, batch: int, warm: int, device: str) -> None:
+        super().__init__(batch, warm, device)
+        self.first = warm
+        self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True)
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        if len(self.times) in (self.first, self.first + PROFILED):
+            torch.cuda.synchronize()
+            (self.profiler.start if len(self.times) == self.first else self.profiler.stop)()
+        return super().__call__(input_ids, scores, **kwargs)
+
+    def summary(self) -> dict[str, Any]:
+        """Of a step: launches, busy and idle microseconds, and the kernels, those that take longest first."""
+        events = [e for e in self.profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+        kernels: dict[str, list[float]] = {}
+        busy = between = end = 0.0
+        for e in sorted(events, key=lambda e: e.time_range.start):
+            start, stop = e.time_range.start, e.time_range.end
+            between += start - end if 0 < start - end < BETWEEN_US and end else 0
+            busy += max(stop - max(start, end), 0)
+            end = max(end, stop)
+            kernels.setdefault(e.name, []).append(stop - start)
+        each = [{"launches": len(us) / PROFILED, "us": sum(us) / PROFILED, "kernel": name[:160]} for name, us in kernels.items()]
+        row = {"launches": len(events) / PROFILED, "busy_us": busy / PROFILED, "between_us": between / PROFILED}
+        return row | {"kernels": sorted(each, key=lambda k: -k["us"])}
+
+
+def decode(point: Point, model: Any, prompt: Prompt, device: str, watch: Watch, new: int) -> dict[str, Any]:
+    """Fill a cache with a prompt that is one token shorter than the context (a shorter one only compiles the step), and generate `new` tokens."""
     row: dict[str, Any] = {"batch": point.batch, **({"tuned": True} if point.kind == "tuned" else {})}
     on_gpu = device == "cuda"
     check_room(point, model, device)
     if on_gpu:
         row["model_bytes"] = torch.cuda.memory_allocated()
-    cache, watch = make_cache(point, model, point.context + STEPS[0]), Watch(point.batch, warm, device)
+    cache = make_cache(point, model, point.context + STEPS[0])
     row |= {"prefilled_sequences": 1 if isinstance(cache, bh.CompressedCache) else point.batch}
     row["packing_s"] = fill(cache, prompt, point.batch, device)
     row["prefill_s"] = prompt.seconds + row["packing_s"]
     ids = torch.randint(2, model.config.vocab_size, (1, prompt.keys[0].shape[2] + 1), device=device).expand(point.batch, -1)
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    start = time.perf_counter()
     model.generate(
-        ids, attention_mask=torch.ones_like(ids), past_key_values=cache, do_sample=False, max_new_tokens=new, min_new_tokens=new,
+        ids,
+        attention_mask=torch.ones_like(ids),
+        past_key_values=cache,
+        do_sample=False,
+        max_new_tokens=new,
+        min_new_tokens=new,
         stopping_criteria=[watch],
         compile_config=tf.CompileConfig(mode=None, options=TUNED) if point.kind == "tuned" else None,
-    )  # fmt: skip
-    steps = sorted(b - a for a, b in zip(watch.times[warm:], watch.times[warm + 1 :], strict=False))
-    ms = 1e3 * statistics.median(steps)
-    row |= {
-        "steps": len(steps),
-        "ms_per_step": ms,
-        "ms_low": 1e3 * steps[0],
-        "ms_high": 1e3 * steps[-1],
-        "tokens_per_s": 1e3 * point.batch / ms,
-    }
-    row["warm_up_s"] = watch.times[warm] - start
+    )
     if on_gpu:
         row["peak_bytes"] = torch.cuda.max_memory_allocated()
-    row["cache_bytes"] = cache_bytes(cache)
-    return row
+    return row | {"cache_bytes": cache_bytes(cache)}
+
+
+def measure(point: Point, model: Any, prompt: Prompt, device: str, few: bool = False) -> dict[str, Any]:
+    """One row. few: only a few steps."""
+    new, warm = FEW if few or (point.plan.startswith("hf-") and point.plan not in STATIC) else STEPS
+    watch = Watch(point.batch, warm, device)
+    row = decode(point, model, prompt, device, watch, new)
+    steps = sorted(b - a for a, b in zip(watch.times[warm:], watch.times[warm + 1 :], strict=False))
+    ms = 1e3 * statistics.median(steps)
+    row |= {"steps": len(steps), "ms_per_step": ms, "ms_low": 1e3 * steps[0], "ms_high": 1e3 * steps[-1]}
+    return row | {"tokens_per_s": 1e3 * point.batch / ms}
+
+
+def profile(point: Point, model: Any, prompt: Prompt, device: str) -> dict[str, Any]:
+    """The kernels of PROFILED steps."""
+    watch = Profile(point.batch, STEPS[1], device)
+    decode(point, model, prompt, device, watch, STEPS[1] + PROFILED + 2)
+    return watch.summary()
 
 
 def check_room(point: Point, model: Any, device: str) -> None:
@@ -372,9 +415,17 @@ def prefill(point: Point, model: Any, prompt: None, device: str) -> dict[str, An
     }
 
 
-SECTIONS = ("rows", "longest", "prefill")
-SECTION = {"longest": "longest", "prefill": "prefill", "chunked": "prefill"}  # of the file; all others: rows
-KINDS = {"steps": measure, "tuned": measure, "largest": largest, "longest": longest, "prefill": prefill, "chunked": prefill}
+SECTIONS = ("rows", "longest", "prefill", "profiles")
+SECTION = {"longest": "longest", "prefill": "prefill", "chunked": "prefill", "profile": "profiles"}  # of the file; all others: rows
+KINDS = {
+    "steps": measure,
+    "tuned": measure,
+    "largest": largest,
+    "longest": longest,
+    "prefill": prefill,
+    "chunked": prefill,
+    "profile": profile,
+}
 
 
 def clean(device: str) -> None:
@@ -452,7 +503,7 @@ def merge(path: Path, other: Path, commit: str) -> None:
         raise SystemExit(f"{other} was measured with {new['environment']}, {path} with {data['environment']}. Give --out another file.")
     for kind in SECTIONS:
         rows = {r["point"]: r for r in data.get(kind, []) if "again" not in r}
-        rows |= {r["point"]: {**r, "commit": r.get("commit") or commit} for r in new[kind]}
+        rows |= {r["point"]: {**r, "commit": r.get("commit") or commit} for r in new.get(kind, [])}
         order = {p.name: i for i, p in enumerate(points())}
         data[kind] = sorted(rows.values(), key=lambda r: order.get(r["point"], len(order)))
     write(path, data)
@@ -580,11 +631,11 @@ def run(args: argparse.Namespace) -> None:
     data["environment"] = {"device": where, "torch": torch.__version__, "transformers": tf.__version__, "bitsandheads": bh.__version__}
     todo = list(points())
     if args.tiny:
-        kept = [p for p in todo if p.kind != "longest" and not re.search("quanto|hqq|flex", p.plan)]
+        kept = [p for p in todo if p.kind not in ("longest", "profile") and not re.search("quanto|hqq|flex", p.plan)]
         todo = list(dict.fromkeys(Point("tiny", p.plan, min(p.batch, 2), 700, p.kind) for p in kept))
     done = set()
     for kind in SECTIONS:
-        data[kind] = [r for r in data[kind] if "error" not in r or "OutOfMemory" in r["error"]]
+        data[kind] = [r for r in data.get(kind, []) if "error" not in r or "OutOfMemory" in r["error"]]
         done |= {r["point"] for r in data[kind] if "again" not in r}
     bench = Bench(args.device)
     todo = [p for p in todo if p.name not in done and re.search(args.only, p.name)]
