@@ -557,13 +557,12 @@ class Bench:
         ]  # all of ours share a step
         alike = (replace(p, context=p.context if p.plan in STATIC else 2048) for p in compiled)
         for point in dict.fromkeys(alike):
+            prompt = self.prompt(min(2048, point.context))
             self.attention(point.plan)
             for batch in (2, 3) if point.kind == "largest" else (point.batch,):  # the second batch of a step makes it general
-                row = tried(
-                    partial(measure, replace(point, batch=batch), self.model, self.prompt(min(2048, point.context)), self.device, few=True),
-                    seconds=400,
-                )
-                print("compiled for", point.name, row.get("error", ""), flush=True)
+                one = replace(point, batch=batch)
+                row = tried(partial(measure, one, self.model, prompt, self.device, few=True), seconds=400)
+                print("compiled for", one.name, row.get("error", ""), flush=True)
                 clean(self.device)
         for parameter in self.model.parameters():
             parameter.data = parameter.data.new_empty(0)
