@@ -50,43 +50,48 @@ def _power_of_two(n: int, least: int = 16) -> int:
 
 @dataclass(frozen=True)
 class HalfTables:
-    """Where the slots of a half lie, as tensors, padded to `padded` = (two-bit, one-bit, trit) slots.
+    """Where the slots of a half lie, as tensors: by plane (two-bit, one-bit, trits), slot of a word and word column, `columns` padded.
 
-    axis, step: int32 [sum of padded]; weight: float32, 0 for padding. For per="token" steps are found by token.
+    axis, step: int32; weight: float32, 0 for padding. For per="token" steps are found by token.
     """
 
-    padded: tuple[int, int, int]
+    columns: tuple[int, int, int]
     real: tuple[int, int, int]
     axis: Tensor
     step: Tensor
     weight: Tensor
+    slots: int  # of all planes, with padding
 
 
 @lru_cache(maxsize=128)
 def _tables(half: HalfLayout, device: torch.device) -> HalfTables:
     position = {axis: i for i, axis in enumerate(half.step_axes)}
-    planes: list[list[tuple[int, float]]] = []
+    planes: list[tuple[list[tuple[int, float]], int]] = []  # slots, and how many a word has
     for bits in (2, 1):
-        planes.append([(s.axis + i, float(s.weight)) for s in half.slots if s.bits == bits for i in range(s.count)])
+        slots = [(s.axis + i, float(s.weight)) for s in half.slots if s.bits == bits for i in range(s.count)]
+        planes.append((slots, 256 // half.tokens // bits))
     first, count = half.trit_axes
-    planes.append([(first + i, 1.0) for i in range(count)])
-    padded = tuple(_power_of_two(len(p)) for p in planes)
+    planes.append(([(first + i, 1.0) for i in range(count)], 1))
+    columns = tuple(_power_of_two(triton.cdiv(len(plane), per_word)) for plane, per_word in planes)
     axis, step, weight = [], [], []
-    for plane, size in zip(planes, padded, strict=True):
-        rows = plane + [(plane[0][0] if plane else 0, 0.0)] * (size - len(plane))
-        axis += [a for a, _ in rows]
-        step += [position.get(a, 0) for a, _ in rows]
-        weight += [w for _, w in rows]
+    for (plane, per_word), size in zip(planes, columns, strict=True):
+        real = triton.cdiv(len(plane), per_word)
+        for e in range(per_word if plane else 0):
+            part = plane[e * real : (e + 1) * real]
+            rows = part + [(plane[0][0], 0.0)] * (size - len(part))
+            axis += [a for a, _ in rows]
+            step += [position.get(a, 0) for a, _ in rows]
+            weight += [w for _, w in rows]
     put = lambda x, dtype: torch.tensor(x or [0], dtype=dtype, device=device)  # noqa: E731
-    sizes = tuple(len(p) for p in planes)
-    return HalfTables(padded, sizes, put(axis, torch.int32), put(step, torch.int32), put(weight, torch.float32))  # type: ignore[arg-type]
+    sizes = tuple(len(plane) for plane, _ in planes)
+    return HalfTables(columns, sizes, put(axis, torch.int32), put(step, torch.int32), put(weight, torch.float32), len(axis))  # type: ignore[arg-type]
 
 
 @lru_cache(maxsize=128)
 def _collect(half: HalfLayout, device: torch.device) -> tuple[Tensor, Tensor, int]:
     """For the merge: which partial sums make an axis, int32 [D, 4] (-1: none), and their weights float32 [D, 4]."""
     tables = _tables(half, device)
-    total = sum(tables.padded)
+    total = tables.slots
     index = [[-1] * 4 for _ in range(half.head_dim)]
     weights = [[0.0] * 4 for _ in range(half.head_dim)]
     used = [0] * half.head_dim
@@ -134,7 +139,7 @@ def _half_arguments(half: HalfLayout, base: int, letter: str, device: torch.devi
         "FACTORS": at["factors"],
     }
     out = {f"{letter}_{k}": v for k, v in numbers.items()}
-    for plane, real, padded in zip("213", tables.real, tables.padded, strict=True):
+    for plane, real, padded in zip("213", tables.real, tables.columns, strict=True):
         out |= {f"{letter}{plane}": real, f"{letter}{plane}P": padded}
     return out | {f"{letter}C": centres, f"{letter}CP": _power_of_two(centres), f"{letter}N": half.counts[0]}, tables
 
@@ -179,16 +184,18 @@ def _attend_part(
     if layout is not None and s.tiles is not None:
         k_numbers, k_tables = _half_arguments(layout.keys, 0, "K", device)
         v_numbers, v_tables = _half_arguments(layout.values, layout.keys.nbytes, "V", device)
-        width += sum(v_tables.padded) + int(v_numbers["VCP"])
+        width += v_tables.slots + int(v_numbers["VCP"])
         units += s.tiles.shape[2]
         axes = torch.empty(batch * h * blocks * rows, dim, device=device)
         constant, row_scale = torch.empty(2, batch * h * blocks * rows, device=device)
         tensors, flags = _rotation_arguments(layout.keys, s.key_basis, q, True)
+        exact = layout.keys.spec.transform == "principal" and q.dtype != torch.float32  # 16-bit numbers are exact in tf32
+        precision = "tf32" if exact else "tf32x3"
         peak = (128.0 if layout.keys.fmt == "fp8" else 1.0) / max([x.weight for x in layout.keys.slots] or [1])
         kernels.rotate_query[(batch * h, blocks)](
             q, axes, constant, row_scale, tensors["matrix"], tensors["order"], tensors["mean"], tensors["noise"], *q.stride()[:3],
             tensors["m_b"], tensors["m_h"], h, index, scale * LOG2E, 0.5 * layout.keys.spec.noise_correction * scale**2 * LOG2E, peak,
-            GROUP=group, Q=n_query, D=dim, DP=dp, ROWS=rows, BLOCK=min(dp, 32), **flags,
+            GROUP=group, Q=n_query, D=dim, DP=dp, ROWS=rows, BLOCK=min(dp, 16384 // dp), PRECISION=precision, num_warps=8, **flags,
         )  # fmt: skip
         k_axis, k_step, k_weight, v_step = k_tables.axis, k_tables.step, k_tables.weight, v_tables.step
         k_centre = _centre_index(layout.keys, int(k_numbers["KCP"]), device)
@@ -218,20 +225,20 @@ def _attend_part(
         *(s.tiles.stride()[:2] if used and s.tiles is not None else (0, 0)), *sink_k.stride()[:2], *s.tail_k.stride()[:2],
         batch, h, window or FAR_BACK, scale * LOG2E,
         GROUP=group, Q=n_query, D=dim, DP=dp, ROWS=rows, WIDTH=width, RAW=raw_tokens, SINK=sink, HIDDEN=hidden is not None, TILES=used,
-        num_warps=warps, num_stages=2, **numbers,
+        num_warps=warps, num_stages=3, **numbers,
     )  # fmt: skip
     merged = torch.empty(batch * h * blocks * rows, width, device=device)
     merged_stats = torch.empty(batch * h * blocks * rows, 4, device=device)
     kernels.reduce[(batch * h * blocks, width // 16)](
-        partial, stats, merged, merged_stats, splits, ROWS=rows, WIDTH=width, DP=dp, CHUNK=16, TOGETHER=32, num_warps=4
+        partial, stats, merged, merged_stats, splits, ROWS=rows, WIDTH=width, DP=dp, CHUNK=16, TOGETHER=64, STATS=MAX_SPLITS, num_warps=4
     )
     tensors, flags = _rotation_arguments(layout.values if layout else None, s.value_basis, q, used)
     flags.pop("NOISE")
     collect, weights, _ = _collect(layout.values, device) if layout else (q, q, 0)
     terms = _terms(layout.values, device) if layout else 1
-    kernels.finish[(batch * h, blocks)](
+    kernels.finish[(batch * h, blocks, dp // 32)](
         merged, merged_stats, out, lse, collect, weights, tensors["matrix"], tensors["order"], tensors["mean"], tensors["m_b"], tensors["m_h"],
-        h, index, q_heads, GROUP=group, Q=n_query, D=dim, DP=dp, ROWS=rows, WIDTH=width, TILES=used, TERMS=terms, BLOCK=min(dp, 32), num_warps=4, **flags,
+        h, index, q_heads, GROUP=group, Q=n_query, D=dim, DP=dp, ROWS=rows, WIDTH=width, TILES=used, TERMS=terms, BLOCK=32, num_warps=2, **flags,
     )  # fmt: skip
 
 

@@ -13,13 +13,42 @@ import triton.language as tl
 NEVER = tl.constexpr(-1.0e30)
 
 
+@triton.constexpr_function
+def _interpreted():
+    return triton.knobs.runtime.interpret
+
+
 @triton.jit
 def _stored(ptr, index, mask, FP8: tl.constexpr):
-    """Steps or centres as float32; e4m3 by its bits, for GPUs without the conversion."""
-    if FP8:
-        b = tl.load(ptr + index, mask=mask, other=0).to(tl.int16)
-        return (((b & 0x7F) << 7) | ((b & 0x80) << 8)).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
-    return tl.load(ptr.to(tl.pointer_type(tl.float16)) + index, mask=mask, other=0.0).to(tl.float32)
+    """Steps or centres as fp16; e4m3 by its bits, for GPUs without the conversion, four at once."""
+    if not FP8:
+        return tl.load(ptr.to(tl.pointer_type(tl.float16)) + index, mask=mask, other=0.0)
+    b = tl.load(ptr + index, mask=mask, other=0)
+    if _interpreted():
+        b = b.to(tl.int16)
+        return (((b & 0x7F) << 7) | ((b & 0x80) << 8)).to(tl.float16, bitcast=True) * 256.0
+    return tl.inline_asm_elementwise(
+        """{ .reg .b32 a, b, c, d, k; mov.b32 k, 0x5c005c00;
+        prmt.b32 a, $2, 0, 0x1404; prmt.b32 b, $2, 0, 0x3424;
+        shr.u32 c, a, 1; shr.u32 d, b, 1; and.b32 c, c, 0x3f803f80; and.b32 d, d, 0x3f803f80;
+        lop3.b32 a, a, 0x80008000, c, 0xea; lop3.b32 b, b, 0x80008000, d, 0xea;
+        mul.f16x2 $0, a, k; mul.f16x2 $1, b, k; }""",
+        "=r,=r,r",
+        [b],
+        dtype=tl.float16,
+        is_pure=True,
+        pack=4,
+    )
+
+
+@triton.jit
+def _prefetch(ptr, BYTES: tl.constexpr):
+    """Ask for steps and centres, which are read by index and so cannot be copied ahead like the planes."""
+    if not _interpreted():
+        lines = ptr + tl.minimum(tl.arange(0, 8) * 128, BYTES - 1)
+        tl.inline_asm_elementwise(
+            "prefetch.global.L1 [$1]; mov.b32 $0, 0;", "=r,l", [lines.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+        )
 
 
 @triton.jit
@@ -27,27 +56,6 @@ def _factor(ptr, index, FP8: tl.constexpr):
     if FP8:
         return tl.load(ptr.to(tl.pointer_type(tl.float16)) + index).to(tl.float32)
     return 1.0
-
-
-@triton.constexpr_function
-def _interpreted():
-    return triton.knobs.runtime.interpret
-
-
-@triton.jit
-def _shift_right(w, by):
-    """Two words at once; the upper one leaves bits in the lower one that no mask asks for."""
-    if _interpreted():
-        return w >> by
-    w, by = tl.broadcast(w, by)
-    return tl.inline_asm_elementwise(
-        "{ .reg .b32 n, a, b; and.b32 n, $2, 31; shr.u32 a, $1, n; shr.u32 n, $2, 16; shr.u32 b, $1, n; prmt.b32 $0, a, b, 0x7610; }",
-        "=r,r,r",
-        [w, by],
-        dtype=tl.int16,
-        is_pure=True,
-        pack=2,
-    )
 
 
 @triton.jit
@@ -63,27 +71,12 @@ def _masked(w, SHIFT: tl.constexpr, MASK: tl.constexpr):
 
 
 @triton.jit
-def _words(
-    ptr,
-    slots,
-    rows,
-    N: tl.constexpr,
-    PADDED: tl.constexpr,
-    BITS: tl.constexpr,
-    TOKENS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    VALUES: tl.constexpr,
-):
-    """The word of every (slot, row), shifted so that the slot's code of field 0 is at bit 0 (int16)."""
-    E: tl.constexpr = 256 // TOKENS // BITS
+def _words(ptr, columns, rows, N: tl.constexpr, E: tl.constexpr, PADDED: tl.constexpr, WIDTH: tl.constexpr, VALUES: tl.constexpr):
+    """The words of a plane of N slots, E of each word, by (word column, row), int16."""
     C: tl.constexpr = (N + E - 1) // E
-    s = slots if PADDED == N else tl.minimum(slots, N - 1)
-    c = s if E == 1 else s % C
+    c = columns if PADDED == C else tl.minimum(columns, C - 1)
     offset = c * 16 + rows if VALUES else (c // WIDTH) * (16 * WIDTH) + rows * WIDTH + c % WIDTH
-    w = tl.load(ptr.to(tl.pointer_type(tl.int16)) + offset)
-    if E > 1:
-        w = _shift_right(w, ((s // C) * BITS).to(tl.int16))
-    return w
+    return tl.load(ptr.to(tl.pointer_type(tl.int16)) + offset)
 
 
 @triton.constexpr_function
@@ -101,11 +94,85 @@ def _bit(f, tokens):
 
 
 @triton.jit
-def _codes(w, f: tl.constexpr, BITS: tl.constexpr, TOKENS: tl.constexpr):
-    """Codes of field f as fp16 subnormals: code * 2^(bit - 24), bit = _bit(f)."""
-    SHIFT: tl.constexpr = _direct(TOKENS) * (256 // TOKENS) if f >= _direct(TOKENS) else 0
+def _codes(w, f: tl.constexpr, e: tl.constexpr, BITS: tl.constexpr, TOKENS: tl.constexpr):
+    """Codes of field f, slot e of the words, as fp16 subnormals: code * 2^(bit - 24), bit = _bit(f)."""
+    SHIFT: tl.constexpr = e * BITS + (_direct(TOKENS) * (256 // TOKENS) if f >= _direct(TOKENS) else 0)
     MASK: tl.constexpr = ((1 << BITS) - 1) << _bit(f, TOKENS)
     return _masked(w, SHIFT, MASK)
+
+
+@triton.jit
+def _query(q, k_axis, k_weight, slots, D: tl.constexpr):
+    """The queries' entries of slots, weights folded in: fp16 [slots, N]. q: rows of D axes, [1, N] pointers."""
+    return (tl.load(q + tl.load(k_axis + slots)[:, None]) * tl.load(k_weight + slots)[:, None]).to(tl.float16)
+
+
+@triton.jit
+def _zeros(E: tl.constexpr, SLOTS: tl.constexpr, ROWS: tl.constexpr):
+    out = ()
+    for _ in tl.static_range(E):
+        out = out + (tl.zeros([SLOTS, ROWS], tl.float32),)  # noqa: RUF005
+    return out
+
+
+@triton.jit
+def _scaled(parts, by, E: tl.constexpr):
+    out = ()
+    for e in tl.static_range(E):
+        out = out + (parts[e] * by,)  # noqa: RUF005
+    return out
+
+
+@triton.jit
+def _sum(x, y, E: tl.constexpr):
+    out = ()
+    for e in tl.static_range(E):
+        out = out + (x[e] + y[e],)  # noqa: RUF005
+    return out
+
+
+@triton.jit
+def _add_values(sums, w, p, f: tl.constexpr, E: tl.constexpr, BITS: tl.constexpr, TOKENS: tl.constexpr):
+    """sums + codes of field f times probabilities, for every slot of the words."""
+    out = ()
+    for e in tl.static_range(E):
+        out = out + (tl.dot(_codes(w, f, e, BITS, TOKENS), p, sums[e]),)  # noqa: RUF005
+    return out
+
+
+@triton.jit
+def _add_block(sums, w, p, undo, f: tl.constexpr, k, columns, N: tl.constexpr, D: tl.constexpr, VBLOCK: tl.constexpr,
+               E: tl.constexpr, BITS: tl.constexpr, TOKENS: tl.constexpr):  # fmt: skip
+    """The same for the slots of the k-th block of VBLOCK channels alone."""
+    out = ()
+    for e in tl.static_range(E):
+        mine = ((e * ((N + E - 1) // E) + columns) % D // VBLOCK == k)[:, None]
+        out = out + (sums[e] + tl.where(mine, tl.dot(_codes(w, f, e, BITS, TOKENS), p), 0.0) * undo,)  # noqa: RUF005
+    return out
+
+
+@triton.jit
+def _add_steps(acc, sums, total, TOP: tl.constexpr, steps, first, at, by, E: tl.constexpr, FP8: tl.constexpr):
+    """acc + the tile's values of a plane: step * (sum of code * P - top / 2 * sum of P)."""
+    out = ()
+    for e in tl.static_range(E):
+        step = _stored(steps, first + at[e], at[e] >= 0, FP8) * by
+        out = out + (acc[e] + (sums[e] * 512.0 - 0.5 * TOP * total[None]) * step[:, None],)  # noqa: RUF005
+    return out
+
+
+@triton.jit
+def _store(row, acc, columns, E: tl.constexpr, PADDED: tl.constexpr):
+    for e in tl.static_range(E):
+        tl.store(row + e * PADDED + columns[:, None], acc[e])
+
+
+@triton.jit
+def _steps_at(steps, first, columns, E: tl.constexpr, PADDED: tl.constexpr):
+    out = ()
+    for e in tl.static_range(E):
+        out = out + (tl.load(steps + first + e * PADDED + columns),)  # noqa: RUF005
+    return out
 
 
 @triton.jit
@@ -121,7 +188,7 @@ def _trits(ptr, slots, token, N: tl.constexpr, BIT: tl.constexpr):
 @triton.jit
 def rotate_query(q, out, constant, row_scale, matrix, order, mean, noise, q_b, q_h, q_t, m_b, m_h, heads, kv_heads, scale_log2, noise_log2, peak,
                   GROUP: tl.constexpr, Q: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-                  MATRIX: tl.constexpr, ORDER: tl.constexpr, MEAN: tl.constexpr, NOISE: tl.constexpr):  # fmt: skip
+                  PRECISION: tl.constexpr, MATRIX: tl.constexpr, ORDER: tl.constexpr, MEAN: tl.constexpr, NOISE: tl.constexpr):  # fmt: skip
     """Queries -> axes, float32 [B h, blocks * ROWS, D], each row scaled so that its largest entry is `peak`.
 
     Also the constant q . mean with the correction for noise, and what undoes the scaling, for each row.
@@ -136,30 +203,28 @@ def rotate_query(q, out, constant, row_scale, matrix, order, mean, noise, q_b, q
     base = q + b * q_b + head.to(tl.int64) * q_h + (rows % Q) * q_t
     a = tl.arange(0, DP)
     if MATRIX:
-        y = tl.zeros([ROWS, DP], tl.float32)
+        y = tl.zeros([DP, ROWS], tl.float32)
         for c0 in tl.static_range(0, DP, BLOCK):
             c = c0 + tl.arange(0, BLOCK)
             there = c < D
             source = tl.load(order + bh * D + c, mask=there, other=0).to(tl.int32) if ORDER else c
-            x = tl.load(base[:, None] + source[None], mask=ok[:, None] & there[None], other=0.0).to(tl.float32)
-            m = tl.load(matrix + b * m_b + h * m_h + c[:, None] * D + a[None], mask=there[:, None] & (a < D)[None], other=0.0).to(
-                tl.float32
-            )
-            y = tl.dot(x, m, y, input_precision="ieee")
+            x = tl.load(base[None] + source[:, None], mask=ok[None] & there[:, None], other=0.0).to(tl.float32)
+            m = tl.load(matrix + b * m_b + h * m_h + c[None] * D + a[:, None], mask=there[None] & (a < D)[:, None], other=0.0)
+            y = tl.dot(m.to(tl.float32), x, y, input_precision=PRECISION)
     else:
         source = tl.load(order + bh * D + a, mask=a < D, other=0).to(tl.int32) if ORDER else a
-        y = tl.load(base[:, None] + source[None], mask=ok[:, None] & (a < D)[None], other=0.0).to(tl.float32)
-    biggest = tl.max(tl.abs(y), 1)
+        y = tl.load(base[None] + source[:, None], mask=ok[None] & (a < D)[:, None], other=0.0).to(tl.float32)
+    biggest = tl.max(tl.abs(y), 0)
     inverse = tl.where(biggest > 0, peak / tl.where(biggest > 0, biggest, 1.0), 0.0)
     at = (bh * tl.num_programs(1) + block) * ROWS + tl.arange(0, ROWS)
-    tl.store(out + at[:, None] * D + a[None], y * inverse[:, None], mask=(a < D)[None])
+    tl.store(out + at[None] * D + a[:, None], y * inverse[None], mask=(a < D)[:, None])
     tl.store(row_scale + at, biggest / peak * scale_log2)
     total = tl.zeros([ROWS], tl.float32)
     if MEAN:
-        x = tl.load(base[:, None] + a[None], mask=ok[:, None] & (a < D)[None], other=0.0).to(tl.float32)
-        total = tl.sum(x * tl.load(mean + bh * D + a, mask=a < D, other=0.0)[None], 1) * scale_log2
+        x = tl.load(base[None] + a[:, None], mask=ok[None] & (a < D)[:, None], other=0.0).to(tl.float32)
+        total = tl.sum(x * tl.load(mean + bh * D + a, mask=a < D, other=0.0)[:, None], 0) * scale_log2
     if NOISE:
-        total += tl.sum(y * y * tl.load(noise + bh * D + a, mask=a < D, other=0.0)[None], 1) * noise_log2
+        total += tl.sum(y * y * tl.load(noise + bh * D + a, mask=a < D, other=0.0)[:, None], 0) * noise_log2
     tl.store(constant + at, total)
 
 
@@ -295,88 +360,105 @@ def attend(q, q_axes, constant, row_scale, tiles, sink_k, sink_v, tail_k, tail_v
     if TILES:
         FIELDS: tl.constexpr = TOKENS // 16
         GF: tl.constexpr = FIELDS // GROUPS
+        E2: tl.constexpr = 128 // TOKENS  # slots of a word
+        E1: tl.constexpr = 256 // TOKENS
         count = tl.load(lengths + batch + b)
         per = tl.cdiv(count, splits)
         qrow = (bh * tl.num_programs(2) + block) * ROWS + n
         scale_row = tl.load(row_scale + qrow)
         shift = tl.load(constant + qrow)
         i16 = tl.arange(0, 16)
-        acc2 = tl.zeros([V2P if V2 else 16, ROWS], tl.float32)
-        acc1 = tl.zeros([V1P if V1 else 16, ROWS], tl.float32)
+        acc2 = _zeros(E2 if V2 else 1, V2P if V2 else 16, ROWS)
+        acc1 = _zeros(E1 if V1 else 1, V1P if V1 else 16, ROWS)
         acc3 = tl.zeros([V3P if V3 else 16, ROWS], tl.float32)
         accc = tl.zeros([VCP if VC else 16, ROWS], tl.float32)
+        q_rows = q_axes + qrow[None] * D
         if K2:
             s2 = tl.arange(0, K2P)
-            q2 = tl.load(q_axes + qrow[None] * D + tl.load(k_axis + s2)[:, None]) * tl.load(k_weight + s2)[:, None]
-            q2 = q2.to(tl.float16)
-            at2 = tl.load(k_step + s2)
+            at2 = _steps_at(k_step, 0, s2, E2, K2P)
+            q2 = ()
+            for e in tl.static_range(E2):
+                q2 = q2 + (_query(q_rows, k_axis, k_weight, e * K2P + s2, D),)  # noqa: RUF005
         if K1:
             s1 = tl.arange(0, K1P)
-            q1 = tl.load(q_axes + qrow[None] * D + tl.load(k_axis + K2P + s1)[:, None]) * tl.load(k_weight + K2P + s1)[:, None]
-            q1 = q1.to(tl.float16)
-            at1 = tl.load(k_step + K2P + s1)
+            at1 = _steps_at(k_step, E2 * K2P, s1, E1, K1P)
+            q1 = ()
+            for e in tl.static_range(E1):
+                q1 = q1 + (_query(q_rows, k_axis, k_weight, E2 * K2P + e * K1P + s1, D),)  # noqa: RUF005
         if K3:
             s3 = tl.arange(0, K3P)
-            q3 = tl.load(q_axes + qrow[None] * D + tl.load(k_axis + K2P + K1P + s3)[:, None]) * tl.load(k_weight + K2P + K1P + s3)[:, None]
-            q3 = q3.to(tl.float16)
-            at3 = tl.load(k_step + K2P + K1P + s3)
+            q3 = _query(q_rows, k_axis, k_weight, E2 * K2P + E1 * K1P + s3, D)
+            at3 = tl.load(k_step + E2 * K2P + E1 * K1P + s3)
         if KC:
             sc = tl.arange(0, KCP)
-            qc = tl.load(q_axes + qrow[None] * D + tl.load(k_centre + sc)[:, None])
+            qc = tl.load(q_rows + tl.load(k_centre + sc)[:, None])
             qc = tl.where((sc < KC)[:, None], qc, 0.0)
             qch = qc.to(tl.float16)
             if RESIDUAL:
                 qcl = (qc - qch.to(tl.float32)).to(tl.float16)
         if V2:
             u2 = tl.arange(0, V2P)
-            vat2 = tl.load(v_step + u2)
+            vat2 = _steps_at(v_step, 0, u2, E2, V2P)
         if V1:
             u1 = tl.arange(0, V1P)
-            vat1 = tl.load(v_step + V2P + u1)
+            vat1 = _steps_at(v_step, E2 * V2P, u1, E1, V1P)
         if V3:
             u3 = tl.arange(0, V3P)
-            vat3 = tl.load(v_step + V2P + V1P + u3)
+            vat3 = tl.load(v_step + E2 * V2P + E1 * V1P + u3)
         if VC:
             uc = tl.arange(0, VCP)
         for tile in range(split * per, tl.minimum(count, (split + 1) * per)):
             base = tiles + b * tiles_b + h * tiles_h + tile * TILE_BYTES
+            ahead = tiles + b * tiles_b + h * tiles_h + tl.minimum(tile + 1, count - 1) * TILE_BYTES
+            _prefetch(ahead + K_STEPS, V_TWO - K_STEPS)
+            _prefetch(ahead + V_STEPS, TILE_BYTES - V_STEPS)
             if K2:
-                w2 = _words(base + K_TWO, s2[None], i16[:, None], K2, K2P, 2, TOKENS, W2, False)
+                w2 = _words(base + K_TWO, s2[None], i16[:, None], K2, E2, K2P, W2, False)
             if K1:
-                w1 = _words(base + K_ONE, s1[None], i16[:, None], K1, K1P, 1, TOKENS, W1, False)
+                w1 = _words(base + K_ONE, s1[None], i16[:, None], K1, E1, K1P, W1, False)
             for g in tl.static_range(GROUPS):
                 by_step = _factor(base + K_FACTORS, g * 2, FP8)
                 bias = tl.zeros([16, ROWS], tl.float32)
                 if K2:
-                    e2 = q2 * _stored(base + K_STEPS, g * KN + at2, s2 < K2P, FP8).to(tl.float16)[:, None]
-                    bias = tl.dot(tl.full([16, K2P], -1.5, tl.float16), e2, bias)
+                    e2 = ()
+                    for e in tl.static_range(E2):
+                        qs = q2[e] * _stored(base + K_STEPS, g * KN + at2[e], s2 < K2P, FP8)[:, None]
+                        bias = tl.dot(tl.full([16, K2P], -1.5, tl.float16), qs, bias)
+                        e2 = e2 + (qs,)  # noqa: RUF005
                 if K1:
-                    e1 = q1 * _stored(base + K_STEPS, g * KN + at1, s1 < K1P, FP8).to(tl.float16)[:, None]
-                    bias = tl.dot(tl.full([16, K1P], -0.5, tl.float16), e1, bias)
+                    e1 = ()
+                    for e in tl.static_range(E1):
+                        qs = q1[e] * _stored(base + K_STEPS, g * KN + at1[e], s1 < K1P, FP8)[:, None]
+                        bias = tl.dot(tl.full([16, K1P], -0.5, tl.float16), qs, bias)
+                        e1 = e1 + (qs,)  # noqa: RUF005
                 if K3:
-                    e3 = q3 * _stored(base + K_STEPS, g * KN + at3, s3 < K3P, FP8).to(tl.float16)[:, None]
+                    e3 = q3 * _stored(base + K_STEPS, g * KN + at3, s3 < K3P, FP8)[:, None]
                     bias = tl.dot(tl.full([16, K3P], -1.0, tl.float16), e3, bias)
                 bias = bias * by_step
                 if KC:
-                    c = _stored(base + K_CENTRES, g * KC + sc, sc < KC, FP8).to(tl.float16)
+                    c = _stored(base + K_CENTRES, g * KC + sc, sc < KC, FP8)
                     c = tl.broadcast_to(c[None], [16, KCP])
                     from_centres = tl.dot(c, qch)
                     if RESIDUAL:
                         from_centres = tl.dot(c, qcl, from_centres)
                     bias += from_centres * _factor(base + K_FACTORS, g * 2 + 1, FP8)
+                bias = bias * scale_row[None] + shift[None]
+                slope = by_step * scale_row
                 scores = ()
                 top = tl.full([16, ROWS], NEVER, tl.float32)
                 for j in tl.static_range(GF):
                     s = tl.zeros([16, ROWS], tl.float32)
                     if K2:
-                        s = tl.dot(_codes(w2, (g * GF + j), 2, TOKENS), e2, s)
+                        for e in tl.static_range(E2):
+                            s = tl.dot(_codes(w2, (g * GF + j), e, 2, TOKENS), e2[e], s)
                     if K1:
-                        s = tl.dot(_codes(w1, (g * GF + j), 1, TOKENS), e1, s)
+                        for e in tl.static_range(E1):
+                            s = tl.dot(_codes(w1, (g * GF + j), e, 1, TOKENS), e1[e], s)
                     if K3:
                         s = tl.dot(
                             _trits(base + K_TRIT, s3[None], ((g * GF + j) * 16 + i16)[:, None], K3, _bit((g * GF + j), TOKENS)), e3, s
                         )
-                    s = (s * (by_step * (16777216.0 / (1 << _bit((g * GF + j), TOKENS)))) + bias) * scale_row[None] + shift[None]
+                    s = s * (slope * (16777216.0 / (1 << _bit((g * GF + j), TOKENS))))[None] + bias
                     top = tl.maximum(top, s)
                     scores = scores + (s,)  # noqa: RUF005
                 top = tl.maximum(m, tl.max(top, 0))
@@ -384,27 +466,27 @@ def attend(q, q_axes, constant, row_scale, tiles, sink_k, sink_v, tail_k, tail_v
                 m = top
                 norm_sum *= alpha
                 if V2:
-                    acc2 *= alpha[None]
+                    acc2 = _scaled(acc2, alpha[None], E2)
                 if V1:
-                    acc1 *= alpha[None]
+                    acc1 = _scaled(acc1, alpha[None], E1)
                 if V3:
                     acc3 *= alpha[None]
                 if VC:
                     accc *= alpha[None]
                 if V2:
-                    x2 = _words(base + V_TWO, u2[:, None], i16[None], V2, V2P, 2, TOKENS, 1, True)
+                    x2 = _words(base + V_TWO, u2[:, None], i16[None], V2, E2, V2P, 1, True)
                 if V1:
-                    x1 = _words(base + V_ONE, u1[:, None], i16[None], V1, V1P, 1, TOKENS, 1, True)
+                    x1 = _words(base + V_ONE, u1[:, None], i16[None], V1, E1, V1P, 1, True)
                 total = tl.zeros([16, ROWS], tl.float32)
-                r2 = tl.zeros([V2P if V2 else 16, ROWS], tl.float32)
-                r1 = tl.zeros([V1P if V1 else 16, ROWS], tl.float32)
+                r2 = _zeros(E2 if V2 else 1, V2P if V2 else 16, ROWS)
+                r1 = _zeros(E1 if V1 else 1, V1P if V1 else 16, ROWS)
                 r3 = tl.zeros([V3P if V3 else 16, ROWS], tl.float32)
                 for j in tl.static_range(GF):
                     # a common scale of 2^-9 for code * P: P = 2^(15 - bit) * 2^(score - maximum) fits fp16
                     p = tl.exp2(scores[j] - m[None] + (15 - _bit((g * GF + j), TOKENS))).to(tl.float16)
-                    p32 = p.to(tl.float32) * ((1 << _bit((g * GF + j), TOKENS)) / 32768.0)
-                    total += p32
+                    total = tl.dot(tl.full([16, 16], (1 << _bit((g * GF + j), TOKENS)) / 32768.0, tl.float16), p, total)
                     if PER_TOKEN:
+                        p32 = p.to(tl.float32) * ((1 << _bit((g * GF + j), TOKENS)) / 32768.0)
                         token = (g * GF + j) * 16 + i16
                         for k in tl.static_range(D // VBLOCK):
                             step = _stored(base + V_STEPS, token * (D // VBLOCK) + k, token < TOKENS, FP8) * _factor(
@@ -424,35 +506,31 @@ def attend(q, q_axes, constant, row_scale, tiles, sink_k, sink_v, tail_k, tail_v
                             ph = (pk * norm).to(tl.float16)
                             undo = tl.where(big > 0, big / 1024.0, 0.0) * (16777216.0 / (1 << _bit((g * GF + j), TOKENS)))
                             if V2:
-                                r2 += (
-                                    tl.where((u2 % D // VBLOCK == k)[:, None], tl.dot(_codes(x2, (g * GF + j), 2, TOKENS), ph), 0.0) * undo
-                                )
+                                r2 = _add_block(r2, x2, ph, undo, (g * GF + j), k, u2, V2, D, VBLOCK, E2, 2, TOKENS)
                             if V1:
-                                r1 += (
-                                    tl.where((u1 % D // VBLOCK == k)[:, None], tl.dot(_codes(x1, (g * GF + j), 1, TOKENS), ph), 0.0) * undo
-                                )
+                                r1 = _add_block(r1, x1, ph, undo, (g * GF + j), k, u1, V1, D, VBLOCK, E1, 1, TOKENS)
                     else:
                         if V2:
-                            r2 = tl.dot(_codes(x2, (g * GF + j), 2, TOKENS), p, r2)
+                            r2 = _add_values(r2, x2, p, (g * GF + j), E2, 2, TOKENS)
                         if V1:
-                            r1 = tl.dot(_codes(x1, (g * GF + j), 1, TOKENS), p, r1)
+                            r1 = _add_values(r1, x1, p, (g * GF + j), E1, 1, TOKENS)
                         if V3:
                             r3 = tl.dot(
                                 _trits(base + V_TRIT, u3[:, None], ((g * GF + j) * 16 + i16)[None], V3, _bit((g * GF + j), TOKENS)), p, r3
                             )
-                sums = tl.sum(total, 0)
+                sums = tl.max(total, 0)  # all rows are equal
                 norm_sum += sums
                 if PER_TOKEN:
                     if V2:
-                        acc2 += r2
+                        acc2 = _sum(acc2, r2, E2)
                     if V1:
-                        acc1 += r1
+                        acc1 = _sum(acc1, r1, E1)
                 else:
                     by = _factor(base + V_FACTORS, g * 2, FP8)
                     if V2:
-                        acc2 += (r2 * 512.0 - 1.5 * sums[None]) * (_stored(base + V_STEPS, g * VN + vat2, u2 < V2P, FP8) * by)[:, None]
+                        acc2 = _add_steps(acc2, r2, sums, 3, base + V_STEPS, g * VN, vat2, by, E2, FP8)
                     if V1:
-                        acc1 += (r1 * 512.0 - 0.5 * sums[None]) * (_stored(base + V_STEPS, g * VN + vat1, u1 < V1P, FP8) * by)[:, None]
+                        acc1 = _add_steps(acc1, r1, sums, 1, base + V_STEPS, g * VN, vat1, by, E1, FP8)
                     if V3:
                         acc3 += (r3 * 512.0 - 1.0 * sums[None]) * (_stored(base + V_STEPS, g * VN + vat3, u3 < V3P, FP8) * by)[:, None]
                     if VC:
@@ -462,13 +540,16 @@ def attend(q, q_axes, constant, row_scale, tiles, sink_k, sink_v, tail_k, tail_v
                         )
         row = partial + at[None] * WIDTH
         if V2:
-            tl.store(row + u2[:, None], acc2)
+            _store(row, acc2, u2, E2, V2P)
+        row += E2 * V2P
         if V1:
-            tl.store(row + V2P + u1[:, None], acc1)
+            _store(row, acc1, u1, E1, V1P)
+        row += E1 * V1P
         if V3:
-            tl.store(row + V2P + V1P + u3[:, None], acc3)
+            tl.store(row + u3[:, None], acc3)
+        row += V3P
         if VC:
-            tl.store(row + V2P + V1P + V3P + uc[:, None], accc)
+            tl.store(row + uc[:, None], accc)
     tl.store(stats + at * 4, m)
     tl.store(stats + at * 4 + 1, norm_sum)
 
@@ -485,16 +566,17 @@ def reduce(
     DP: tl.constexpr,
     CHUNK: tl.constexpr,
     TOGETHER: tl.constexpr,
+    STATS: tl.constexpr,
 ):
     """Merge the splits of one block of query rows, CHUNK columns for each program, in a fixed order."""
     at = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
     n = tl.arange(0, ROWS)
-    j = tl.arange(0, TOGETHER)
     column = tl.where(c >= WIDTH - DP, 3, 0)  # whole-precision channels have their own maximum
     first = tl.min(column)
     m = tl.full([ROWS], NEVER, tl.float32)
-    for s in range(0, splits, TOGETHER):
+    j = tl.arange(0, STATS)
+    for s in range(0, splits, STATS):
         row = (at * splits + s + j[:, None]) * ROWS + n[None]
         there = (s + j < splits)[:, None] & (n >= 0)[None]
         m = tl.maximum(
@@ -504,6 +586,7 @@ def reduce(
     y = tl.zeros([ROWS, CHUNK], tl.float32)
     packed = tl.zeros([ROWS], tl.float32)
     raw = tl.zeros([ROWS], tl.float32)
+    j = tl.arange(0, TOGETHER)
     for s in range(0, splits, TOGETHER):
         row = (at * splits + s + j[:, None]) * ROWS + n[None]
         there = (s + j < splits)[:, None] & (n >= 0)[None]
@@ -531,7 +614,7 @@ def finish(partial, stats, out, lse, collect, weights, matrix, order, mean, m_b,
            GROUP: tl.constexpr, Q: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
            TILES: tl.constexpr, TERMS: tl.constexpr,
            MATRIX: tl.constexpr, ORDER: tl.constexpr, MEAN: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """Gather the axes of one block of query rows from its partial sums, rotate the packed part back, write output and lse."""
+    """Gather the axes of one block of query rows from its partial sums, rotate BLOCK channels of the packed part back, write output and lse."""
     bh = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
     b = bh // heads
@@ -540,43 +623,32 @@ def finish(partial, stats, out, lse, collect, weights, matrix, order, mean, m_b,
     rows = block * ROWS + n
     ok = rows < GROUP * Q
     head = tl.load(kv_heads + h) * GROUP + rows // Q
-    a = tl.arange(0, DP)
     at = (bh * tl.num_programs(1) + block) * ROWS + n
     m = tl.load(stats + at * 4)
     mass = tl.load(stats + at * 4 + 1)
     total = mass + tl.load(stats + at * 4 + 2)
-    raw = tl.load(partial + at[:, None] * WIDTH + (WIDTH - DP) + a[None])
+    inverse = tl.where(total > 0, 1.0 / tl.where(total > 0, total, 1.0), 0.0)
+    c = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    there = c < D
+    z = tl.zeros([BLOCK, ROWS], tl.float32)
     if TILES:
-        y = tl.zeros([ROWS, DP], tl.float32)
+        a = tl.arange(0, DP) if MATRIX else c
+        y = tl.zeros([DP if MATRIX else BLOCK, ROWS], tl.float32)
         for j in tl.static_range(TERMS):
             index = tl.load(collect + a * 4 + j, mask=a < D, other=-1)
             w = tl.load(weights + a * 4 + j, mask=a < D, other=0.0)
-            y += tl.load(partial + at[:, None] * WIDTH + index[None], mask=(index >= 0)[None] & (n >= 0)[:, None], other=0.0) * w[None]
-    inverse = tl.where(total > 0, 1.0 / tl.where(total > 0, total, 1.0), 0.0)
-    target = out + ((b * q_heads + head) * Q + rows % Q)[:, None] * D
-    if MATRIX:
-        tl.store(target + a[None], raw * inverse[:, None], mask=ok[:, None] & (a < D)[None])
-        tl.debug_barrier()
-        for c0 in tl.static_range(0, DP, BLOCK):
-            c = c0 + tl.arange(0, BLOCK)
-            there = c < D
-            mt = tl.load(matrix + b * m_b + h * m_h + c[None] * D + a[:, None], mask=there[None] & (a < D)[:, None], other=0.0).to(
-                tl.float32
-            )
-            z = tl.dot(y * inverse[:, None], mt, input_precision="ieee")
-            if MEAN:
-                z += (mass * inverse)[:, None] * tl.load(mean + bh * D + c, mask=there, other=0.0)[None]
-            to = tl.load(order + bh * D + c, mask=there, other=0).to(tl.int32) if ORDER else c
-            place = target + to[None]
-            mask = ok[:, None] & there[None]
-            tl.store(place, tl.load(place, mask=mask, other=0.0) + z, mask=mask)
-    else:
-        tl.store(target + a[None], raw * inverse[:, None], mask=ok[:, None] & (a < D)[None])
-        if TILES:
-            tl.debug_barrier()
-            to = tl.load(order + bh * D + a, mask=a < D, other=0).to(tl.int32) if ORDER else a
-            place = target + to[None]
-            mask = ok[:, None] & (a < D)[None]
-            tl.store(place, tl.load(place, mask=mask, other=0.0) + y * inverse[:, None], mask=mask)
-    natural = tl.where(total > 0, (m + tl.log2(tl.where(total > 0, total, 1.0))) * 0.6931471805599453, -float("inf"))
-    tl.store(lse + (b * q_heads + head) * Q + rows % Q, natural, mask=ok)
+            y += tl.load(partial + at[None] * WIDTH + index[:, None], mask=(index >= 0)[:, None] & (n >= 0)[None], other=0.0) * w[:, None]
+        if MATRIX:
+            turn = tl.load(matrix + b * m_b + h * m_h + c[:, None] * D + a[None], mask=there[:, None] & (a < D)[None], other=0.0)
+            z = tl.dot(turn.to(tl.float32), y, input_precision="tf32x3")
+        else:
+            z = y
+        if MEAN:
+            z += mass[None] * tl.load(mean + bh * D + c, mask=there, other=0.0)[:, None]
+    to = tl.load(order + bh * D + c, mask=there, other=0).to(tl.int32) if ORDER else c
+    z += tl.load(partial + at[None] * WIDTH + (WIDTH - DP) + to[:, None])
+    target = out + ((b * q_heads + head) * Q + rows % Q)[None] * D
+    tl.store(target + to[:, None], z * inverse[None], mask=ok[None] & there[:, None])
+    if tl.program_id(2) == 0:
+        natural = tl.where(total > 0, (m + tl.log2(tl.where(total > 0, total, 1.0))) * 0.6931471805599453, -float("inf"))
+        tl.store(lse + (b * q_heads + head) * Q + rows % Q, natural, mask=ok)
