@@ -15,14 +15,17 @@ def demo(
     plans: Annotated[str, typer.Option(help="Presets or plan files, separated by commas.")] = "",
     context: Annotated[int, typer.Option(min=1, help="Tokens of context.")] = 2048,
     tokens: Annotated[int, typer.Option(min=1, help="Teacher-forced tokens after the context.")] = 256,
+    video: Annotated[bool, typer.Option(help="Also ask the tiny video model about clips.")] = True,
     json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
     cache_dir: Annotated[Path | None, typer.Option(help="Where the converted model is kept; default: ~/.cache/bitsandheads.")] = None,
 ) -> None:
-    """True bits, bytes, KL, top-1 and a continuation for each preset, on a real model and text."""
+    """True bits, bytes, KL, top-1 and a continuation for each preset, on a real model and text; then questions about packed clips."""
     from .. import demo as d
+    from .. import demo_video
 
     names = d.plans_from(plans) or d.PLANS
     data = d.run(d.Options(model, text, names, context, tokens, cache_dir), console)
+    data["video"] = demo_video.run(console) if video else None
     if json is not None:
         d.write_json(data, json)
 
