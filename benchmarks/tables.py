@@ -281,6 +281,42 @@ def generate_longest() -> list[str]:
     return lines
 
 
+STEP_PARTS = {
+    "linear layers, head of the vocabulary included": r"nvjet|splitK|gemm|cutlass|_mm_|triton_tem",
+    "attention (two launches, which overlap)": r"^attend|^merge",
+    "append": r"append",
+    "packing of full tiles": r"pack",
+    "norms, rotary embedding, activations": r"^triton",
+    "choice of the token, copies": r"",
+}
+
+
+def generate_profile() -> list[str]:
+    """Where a step's time goes: kernels by part, gaps, and what is left of the step as it was timed without the profiler."""
+    data = json.loads((RESULTS / "generate-h100.json").read_text())
+    ms = {
+        (r["plan"], r["batch"], r["context"]): r["ms_per_step"]
+        for r in data["rows"]
+        if "largest" not in r and "tuned" not in r and "error" not in r and r["model"] == "qwen2.5-7b"
+    }
+    profiles = [r for r in data.get("profiles", []) if "error" not in r]
+    cells: dict[str, list[str]] = {name: [] for name in (*STEP_PARTS, "between two kernels", "waiting for the host", "the step")}
+    for r in profiles:
+        parts = dict.fromkeys(STEP_PARTS, (0.0, 0.0))
+        for k in r["kernels"]:
+            name = next(n for n, pattern in STEP_PARTS.items() if re.search(pattern, k["kernel"]))
+            parts[name] = parts[name][0] + k["us"], parts[name][1] + k["launches"]
+        for name, (us, launches) in parts.items():
+            cells[name].append(f"{us / 1e3:.2f} ({launches:.0f})")
+        step = ms[r["plan"], r["batch"], r["context"]]
+        cells["between two kernels"].append(f"{r['between_us'] / 1e3:.2f}")
+        cells["waiting for the host"].append(f"{step - (r['busy_us'] + r['between_us']) / 1e3:.2f}")
+        cells["the step"].append(f"{step:.2f}")
+    heads = [f"`{r['plan']}` B{r['batch']} {r['context'] // 1024}K" for r in profiles]
+    lines = ["| ms (launches) | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+    return lines + [f"| {name} | " + " | ".join(own) + " |" for name, own in cells.items()]
+
+
 def generate_prompts() -> list[str]:
     """Whole prompts of one sequence."""
     rows = json.loads((RESULTS / "generate-h100.json").read_text())["prefill"]
@@ -308,6 +344,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "generate-targets": partial(generate, _is_target),
     "generate-longest": generate_longest,
     "generate-prompts": generate_prompts,
+    "generate-profile": generate_profile,
     "heads-reasoner": heads_reasoner,
     "heads-reasoner-long": partial(heads_reasoner, "long_"),
     "heads-ablations": heads_ablations,
