@@ -22,6 +22,7 @@ from .rotations import rotation_matrix
 
 MAX_SPLITS = 256
 PACKED_WARPS = 1  # of a program over packed tiles with 8 query rows
+STAGES = 3  # tiles of a program: one in work, the others on their way
 WARPS = 1056  # warps that fill the GPU: eight for each multiprocessor of an H100
 LOG2E = 1.4426950408889634
 FAR_BACK = 1 << 30
@@ -225,7 +226,7 @@ def _attend_part(
         *(s.tiles.stride()[:2] if used and s.tiles is not None else (0, 0)), *sink_k.stride()[:2], *s.tail_k.stride()[:2],
         batch, h, window or FAR_BACK, scale * LOG2E,
         GROUP=group, Q=n_query, D=dim, DP=dp, ROWS=rows, WIDTH=width, RAW=raw_tokens, SINK=sink, HIDDEN=hidden is not None, TILES=used,
-        num_warps=warps, num_stages=3, **numbers,
+        num_warps=warps, num_stages=STAGES, **numbers,
     )  # fmt: skip
     merged = torch.empty(batch * h * blocks * rows, width, device=device)
     merged_stats = torch.empty(batch * h * blocks * rows, 4, device=device)
