@@ -59,7 +59,7 @@ def unsupported(x: Tensor, half: HalfLayout, weight: Tensor | None) -> str | Non
     rows = [(x, 8), *(() if weight is None else ((weight, 4),))]
     if any(t.stride(-1) != 1 or any(s % n for s in t.stride()[:-1]) or t.data_ptr() % 16 for t, n in rows):
         return "rows that do not begin at multiples of 16 bytes"
-    if torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin < _shared(half):
+    if torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin < _shared(half):  # type: ignore[attr-defined]
         return f"a GPU with less than {_shared(half)} bytes of shared memory for a block"
     return _unsupported_layout(half) or why_no_nvrtc()
 

@@ -44,7 +44,7 @@ def attention_mass(q: Tensor, weight: Tensor, k: Tensor, counts: Tensor, longest
     batch, heads, group, n, dim = q.shape
     q, rows = q.contiguous(), group * n
     blocks, bh = triton.cdiv(rows, BLOCK), batch * heads
-    splits = max(1, min(triton.cdiv(longest, BLOCK), 2 * multiprocessors(q.device) // (blocks * bh)))
+    splits = max(1, min(triton.cdiv(longest, BLOCK), 4 * multiprocessors(q.device) // (blocks * bh)))
     sizes = {"D": dim, "DP": padded(dim), "R": rows, "N": n, "ROWS": BLOCK, "KEYS": BLOCK, "DOT": _operand(q)}
     options = {"num_warps": 4, "num_stages": 2} if dim <= 128 else {"num_warps": 8, "num_stages": 1}
     sums, norms = torch.empty(bh, splits, rows, device=q.device), torch.empty(bh, rows, device=q.device)
