@@ -147,3 +147,10 @@ def test_large_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     check("cuda", [head_set(BALANCED, 128, (0, 2), [6, 6], [300, 44], [140, 17]), window], 16, 8)
     window = head_set(None, 128, (3,), [4] * 40, [0] * 40, [60] * 40, window=30)
     check("cuda", [head_set(BALANCED, 128, (0, 1, 2), [6] * 40, [7] * 20 + [33] * 20, [192] * 40), window], 28)
+
+
+def test_long_heads_beside_windows(backend: str) -> None:
+    """Long heads fill the multiprocessors, but for a few that all heads with windows share; two of the long ones are short."""
+    tiles = [700] * 6 + [2, 5]
+    window = head_set(None, 128, (1,), [4] * 8, [0] * 8, [200] * 8, window=192)
+    check(backend, [head_set(BALANCED, 128, (0,), [6] * 8, tiles, [192] * 8), window], 14)
