@@ -3,7 +3,7 @@
 "pack" rows: one launch over the keys and one over the values of a prompt, as CUDA graph replays of at least 12 launches over tokens that rotate
 over at least 200 MB; the basis is known. "prompt" rows: all that follows the attention of a prompt (attention mass, moments, eigenvectors, packing, map
 back, the copy of the residual): `us` as in a prefill, where the host is ahead and the device does not wait for it (CUDA events around prompts that were
-queued behind other work), `clock_us` by the clock for one prompt on an idle device. "append" rows: one token for all heads. Writes JSON.
+queued behind other work), `clock_us` by the clock for one prompt on an idle device. "append" rows: one token for all heads. `profile`: the kernels of one prompt. Writes JSON.
 
     python benchmarks/bench_pack.py --out benchmarks/results/pack-h100.json [--quick]
 """
@@ -30,7 +30,7 @@ from bitsandheads.stores.base import Prompt
 from bitsandheads.stores.packed import RECENT_QUERIES, PackedStore
 
 PACKED = (
-    ("balanced", "triton"), ("balanced", "cuda"), ("extreme", "cuda"), ("extreme", "triton"), ("kivi-2", "triton"), ("vidkv-1.5/1.58", "triton")
+    ("balanced", "cuda"), ("balanced", "triton"), ("extreme", "cuda"), ("extreme", "triton"), ("kivi-2", "triton"), ("vidkv-1.5/1.58", "triton")
 )  # fmt: skip
 ROTATED = 200e6
 
@@ -115,9 +115,11 @@ def row(what: str, plan: str, backend: str, batch: int, tokens: int, us: tuple[f
     }
 
 
-def prompt_row(plan: str, backend: str, q_heads: int, kv_heads: int, batch: int, tokens: int, read: float, once: bool = False) -> dict:
+def prompt(plan: str, backend: str, q_heads: int, kv_heads: int, batch: int, tokens: int) -> tuple[Callable[[], None], int]:
+    """What follows a prompt's attention, for tokens with principal axes of falling variance, and the bytes of its keys and values."""
     quant = get_plan(plan).groups[0].quant
-    k, v = tokens_like(batch, kv_heads, tokens), tokens_like(batch, kv_heads, tokens)
+    mix = torch.randn(DIM, DIM, device=DEVICE) * torch.logspace(0, -1.5, DIM, device=DEVICE)
+    k, v = ((torch.randn(batch, kv_heads, tokens, DIM, device=DEVICE) @ mix / 4).bfloat16() for _ in range(2))
     queries = torch.randn(batch, kv_heads, q_heads // kv_heads, RECENT_QUERIES, DIM, device=DEVICE, dtype=torch.bfloat16)
     given = Prompt(queries, torch.ones(batch, RECENT_QUERIES, device=DEVICE), DIM**-0.5, padded=False)
 
@@ -126,13 +128,31 @@ def prompt_row(plan: str, backend: str, q_heads: int, kv_heads: int, batch: int,
         store.append(k, v, None)
         store.compress(given)
 
+    return call, k.nbytes + v.nbytes
+
+
+def prompt_row(plan: str, backend: str, q_heads: int, kv_heads: int, batch: int, tokens: int, read: float, once: bool = False) -> dict:
+    call, size = prompt(plan, backend, q_heads, kv_heads, batch, tokens)
     if once:
         call()
         return {}
     clocked = clock(call, 3 if backend == "reference" else 7)
     us = clocked if backend == "reference" else behind(call, 5)
-    size = k.nbytes + v.nbytes
     return row("prompt", plan, backend, batch, tokens, us) | {"clock_us": clocked[0], "bytes": size, "read_once_us": size / read * 1e6}
+
+
+def profile(plan: str, backend: str, q_heads: int, kv_heads: int, batch: int, tokens: int) -> list[dict]:
+    """Microseconds of the device and launches of every kernel of a prompt, the longest first."""
+    call, _ = prompt(plan, backend, q_heads, kv_heads, batch, tokens)
+    call()
+    torch.cuda.synchronize()
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as found:
+        call()
+        torch.cuda.synchronize()
+    kernels = [e for e in found.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA and e.self_device_time_total]
+    rows = [{"kernel": e.key, "us": e.self_device_time_total, "launches": e.count} for e in kernels]
+    return sorted(rows, key=lambda r: -r["us"])
 
 
 def append_row(plan: str, backend: str, q_heads: int, kv_heads: int, batch: int, tokens: int, read: float) -> dict:
@@ -176,6 +196,8 @@ def main() -> None:
     with ThreadPoolExecutor(12) as pool:  # kernels are compiled side by side
         first = [job for _, job in jobs if job.func in (pack_row, prompt_row) and "reference" not in job.args]
         list(pool.map(lambda job: job(once=True), first))
+    model, shape = next(iter(SHAPES.items()))
+    report["profile"] = {"model": model, "plan": "balanced", "tokens": 32768, "kernels": profile("balanced", "cuda", *shape, 1, 32768)}
     for model, job in jobs:
         if time.time() - begin > options.seconds:
             break

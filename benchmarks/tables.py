@@ -83,6 +83,48 @@ def decode_qwen() -> list[str]:
     return lines
 
 
+def packing() -> list[str]:
+    """Packing alone, and all that follows the attention of a prompt, for one layer."""
+    rows = json.loads((RESULTS / "pack-h100.json").read_text())["rows"]
+    prompts = {(r["model"], r["plan"], r["backend"], r["batch"], r["tokens"]): r for r in rows if r["what"] == "prompt"}
+    lines = [
+        "| model, batch, tokens | plan | backend | pack keys + values, us | times one read | a prompt, us of the device | us by the clock |",
+        "|---" * 7 + "|",
+    ]
+    for r in rows:
+        whole = prompts.get((r["model"], r["plan"], r["backend"], r["batch"], r["tokens"]))
+        if r["what"] == "pack" and whole:
+            device = "-" if r["backend"] == "reference" else f"{whole['us']:,.0f} [{whole['us_low']:,.0f}, {whole['us_high']:,.0f}]"
+            lines.append(
+                f"| {r['model']}, {r['batch']}, {r['tokens']:,} | `{r['plan']}` | {r['backend']} | {r['keys_us']:,.1f} + {r['values_us']:,.1f} "
+                f"| {r['ratio']:,.1f} | {device} | {whole['clock_us']:,.0f} |"
+            )
+    return lines
+
+
+PROMPT_PARTS = {
+    "eigenvectors": r"principal_axes",
+    "attention that tokens draw": r"query_sums|row_norms|key_mass",
+    "packing keys and values": r"pack_tiles",
+    "means and covariances": r"moments",
+    "sums for the map back, map back": r"refit_sums|map_back",
+    "heavy tokens, weights": r"^choose",
+    "partial sums added": r"reduce_kernel",
+    "all else": r"",
+}
+
+
+def packing_profile() -> list[str]:
+    """Where the time of the prompt of one layer goes."""
+    kernels = json.loads((RESULTS / "pack-h100.json").read_text())["profile"]["kernels"]
+    lines = ["| part | us | launches |", "|---|---|---|"]
+    for name, pattern in PROMPT_PARTS.items():
+        own = [r for r in kernels if re.search(pattern, r["kernel"])]
+        kernels = [r for r in kernels if r not in own]
+        lines.append(f"| {name} | {sum(r['us'] for r in own):,.0f} | {sum(r['launches'] for r in own)} |")
+    return lines
+
+
 def video_tiny(group: str) -> list[str]:
     """Accuracy by kind of question; the rows of one group ("setting" or "ablation"), the most accurate first."""
     data = json.loads((RESULTS / "video-tiny.json").read_text())
@@ -340,6 +382,8 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "presets-by-length": presets_by_length,
     "decode": decode,
     "decode-qwen": decode_qwen,
+    "packing": packing,
+    "packing-profile": packing_profile,
     "generate": generate,
     "generate-targets": partial(generate, _is_target),
     "generate-longest": generate_longest,
