@@ -3,7 +3,8 @@
 "pack" rows: one launch over the keys and one over the values of a prompt, as CUDA graph replays of at least 12 launches over tokens that rotate
 over at least 200 MB; the basis is known. "prompt" rows: all that follows the attention of a prompt (attention mass, moments, eigenvectors, packing, map
 back, the copy of the residual): `us` as in a prefill, where the host is ahead and the device does not wait for it (CUDA events around prompts that were
-queued behind other work), `clock_us` by the clock for one prompt on an idle device. "append" rows: one token for all heads. `profile`: the kernels of one prompt. Writes JSON.
+queued behind other work), `clock_us` by the clock for one prompt on an idle device. "append" rows: one token for all heads. `profile`: the kernels of
+one prompt. Writes JSON.
 
     python benchmarks/bench_pack.py --out benchmarks/results/pack-h100.json [--quick]
 """
