@@ -116,7 +116,7 @@ def points() -> Iterator[Point]:
     yield from (Point(first, plan, 1, 32768, kind) for kind in ("prefill", "chunked") for plan in ("balanced", "bf16"))
     yield from (Point(first, plan, 1, 131072, kind) for kind in ("steps", "tuned") for plan in OURS)
     yield from (Point(first, plan, 1, 2048, "longest") for plan in (*OURS, "extreme"))
-    yield from (Point(first, f"hf-{kind}", 8, 32768) for kind in ("static", "quanto-2", "hqq-2", "dynamic"))
+    yield from (Point(first, f"hf-{kind}", 8, 32768) for kind in ("static", "dynamic", "hqq-2", "quanto-2"))
     yield from (Point(first, plan, 8, 32768) for plan in more)
     yield from (Point(first, plan, 1, 131072, "prefill") for plan in ("balanced", "bf16"))
     rest = [(1, 32768), (32, 32768), (8, 8192), (32, 8192), (8, 131072), (32, 131072)]
@@ -127,7 +127,7 @@ def points() -> Iterator[Point]:
     yield from (Point(model, plan, b, 131072) for model in others for b in (1, 8, 32) for plan in OURS)
     yield from (Point(first, "hf-static", 1, t) for t in (8192, 131072))
     yield from (Point(first, plan, b, t) for plan in list(STATIC)[1:] for b, t in ((8, 32768), (1, 8192)))
-    yield from (Point(first, f"hf-{kind}", 1, 8192) for kind in ("dynamic", "quanto-2", "hqq-2"))
+    yield from (Point(first, f"hf-{kind}", 1, 8192) for kind in ("dynamic", "hqq-2", "quanto-2"))
     yield from (Point(model, "hf-static", 8, 32768) for model in others)
 
 
