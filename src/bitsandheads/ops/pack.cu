@@ -240,18 +240,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) pack_tiles(const Params
     const unsigned short* x = p.x + b * p.x_b + h * p.x_h;
     const float* weight = p.weight + b * p.weight_b + h * p.weight_h;
     auto find_places = [&](int n, int slot) {  // of the tile's tokens, when some places are left out
-        for (int t = threadIdx.x; t < TOKENS; t += THREADS) {
-            const int i = first + n * TOKENS + t;
-            int at = i;
-            for (int j = 0; j < p.skips; ++j) at += i >= p.skip[bh * p.skips + j] - j;
-            s.place[slot][t] = at;
-        }
+        if (threadIdx.x >= TOKENS) return;
+        const int i = first + n * TOKENS + threadIdx.x;
+        int at = i;
+        for (int j = 0; j < p.skips; ++j) at += i >= p.skip[bh * p.skips + j] - j;
+        s.place[slot][threadIdx.x] = at;
     };
     auto fetch = [&](int n, int slot) {
-        for (int i = threadIdx.x; i < TOKENS * CHUNKS; i += THREADS) {
-            const int t = i / CHUNKS, chunk = i % CHUNKS;
-            copy_16(s.x[slot] + chunk_at(t, chunk), x + s.place[slot][t] * p.x_t + 8 * chunk);
-        }
+        const int own = threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS, x_t = p.x_t;
+#pragma unroll
+        for (int t = 0; t < TOKENS; t += THREADS / CHUNKS)  // a multiple of 8, so that the place in a row stays
+            copy_16(s.x[slot] + chunk_at(own, chunk) + t * DIM, x + (long long)s.place[slot][own + t] * x_t + 8 * chunk);
         if (WEIGHTED && threadIdx.x < TOKENS / 4) copy_16(s.weight[slot] + 4 * threadIdx.x, weight + (long long)n * TOKENS + 4 * threadIdx.x);
     };
     find_places(worker, 0);
