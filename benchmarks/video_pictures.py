@@ -115,7 +115,7 @@ def by_layer(calls: list[AttentionCall], model: Any, cut: int, path: Path) -> di
     axis.set_yscale("log")
     axis.set_xlabel("layer")
     axis.set_ylabel("relative error of the attention output")
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path, dpi=110)
     return errors
 

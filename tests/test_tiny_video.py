@@ -1,7 +1,9 @@
 """The kept weights of the tiny video model answer questions about held-out clips, through packed caches too, and need the clip for it; the demo shows it."""
 
+import importlib.util
 import io
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -83,6 +85,18 @@ def test_its_own_processor(tiny) -> None:
         assert answer.visual_tokens == 32 * 36 + 1
         hits += video.score(s, answer.text)
     assert hits >= 3
+
+
+def test_the_example_reads_a_real_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """examples/tiny_video_clip.py: an mp4 that it encodes, and eight turns about it."""
+    pytest.importorskip("torchvision")
+    pytest.importorskip("av")
+    spec = importlib.util.spec_from_file_location("example", Path(__file__).parents[1] / "examples" / "tiny_video_clip.py")
+    assert spec is not None and spec.loader is not None
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    monkeypatch.setattr(sys, "argv", ["tiny_video_clip.py", "--file", str(tmp_path / "clip.mp4"), "--readers", "pyav"])
+    assert example.main() >= 7
 
 
 def test_the_demo_asks_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
