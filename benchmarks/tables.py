@@ -125,6 +125,13 @@ def packing_profile() -> list[str]:
     return lines
 
 
+def _points(r: dict) -> str:
+    """A paired difference and its 95% interval in points; "-" for the base itself."""
+    if r["difference"] is None:
+        return "-"
+    return f"{100 * r['difference']:+.1f} [{100 * r['difference_low']:+.1f}, {100 * r['difference_high']:+.1f}]"
+
+
 def video_tiny(group: str) -> list[str]:
     """Accuracy by kind of question; the rows of one group ("setting" or "ablation"), the most accurate first."""
     data = json.loads((RESULTS / "video-tiny.json").read_text())
@@ -133,12 +140,26 @@ def video_tiny(group: str) -> list[str]:
         if r["group"] == group:
             found.setdefault(r["plan"], {})[r["kind"]] = r
     kinds = sorted({r["kind"] for r in data["rows"]} - {"all"})
-    lines = ["| plan | bits here | at 32k | all [95%] | " + " | ".join(kinds) + " |", "|---" * (4 + len(kinds)) + "|"]
+    names = ["plan", "bits here", "at 32k", "all [95%]", *kinds, "minus bf16 [95%]", "minus balanced [95%]"]
+    lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
     for plan, rows in sorted(found.items(), key=lambda item: -item[1]["all"]["accuracy"]):
         r = rows["all"]
-        cells = [f"`{plan}`", f"{r['bits_per_element']:.2f}", f"{r['bits_per_element_at_32k']:.2f}"]
+        name = f"`{plan}`" if group == "setting" else plan
+        cells = [name + " (CPU)" * (r["dtype"] == "torch.float32"), f"{r['bits_per_element']:.2f}", f"{r['bits_per_element_at_32k']:.2f}"]
         cells += [f"{100 * r['accuracy']:.1f} [{100 * r['low']:.1f}, {100 * r['high']:.1f}]"]
-        lines.append("| " + " | ".join([*cells, *(f"{100 * rows[k]['accuracy']:.1f}" for k in kinds)]) + " |")
+        cells += [*(f"{100 * rows[k]['accuracy']:.1f}" for k in kinds), _points(r), _points(r["versus_balanced"])]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def video_longest() -> list[str]:
+    """The longest clip that is held, and what decoding over it takes."""
+    rows = [r for r in json.loads((RESULTS / "video-longest-h100.json").read_text())["rows"] if r["what"] == "held"]
+    lines = ["| plan | frames | does not fit | predicted | tokens | cache | bits | one token |", "|---" * 8 + "|"]
+    for r in rows:
+        cells = [f"`{r['plan']}`", f"{r['frames']:,}", f"{r['too_long']:,}" if r["too_long"] else "-", f"{r['predicted_frames']:,}"]
+        cells += [f"{r['tokens']:,}", f"{r['cache_bytes'] / 1e9:.1f} GB", f"{r['bits_per_element']:.2f}", f"{r['token_ms']:.0f} ms"]
+        lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 
@@ -398,6 +419,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "heads-exact": heads_exact,
     "heads-memory": heads_memory,
     "heads-smollm": heads_smollm2,
+    "video-longest": video_longest,
     "video-tiny": partial(video_tiny, "setting"),
     "video-tiny-ablations": partial(video_tiny, "ablation"),
 }

@@ -1,6 +1,6 @@
 """Pictures of the tiny video model's cache: keys and values by channel, the tokens that are protected, the error by layer.
 
-python benchmarks/video_pictures.py --model models/tiny-video --output docs/pictures
+python benchmarks/video_pictures.py --output docs/pictures      # the errors also go to benchmarks/results/video-errors.json
 """
 
 import argparse
@@ -15,6 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from bitsandheads import get_plan
 from bitsandheads.eval.clips import encode
+from bitsandheads.eval.environment import versions, write_json
 from bitsandheads.layer import CompressedLayer, read_mask
 from bitsandheads.methods.vidkv import SALIENT_SHARE, semantic_scores
 from bitsandheads.seam import AttentionCall, probed
@@ -124,6 +125,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="models/tiny-video")
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--data", type=Path, default=Path("benchmarks/results/video-errors.json"))
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
@@ -134,7 +136,9 @@ def main() -> None:
     cut = int((inputs["input_ids"][0] == tokenizer.eos_token_id).nonzero().max()) + 1
     by_channel(calls, args.output / "video-channels.png")
     protected(calls, embeddings, inputs, video.frames_of([sample])[0], model.config.video_token_id, args.output / "video-protected.png")
-    for plan, values in by_layer(calls, model, cut, args.output / "video-error-by-layer.png").items():
+    errors = by_layer(calls, model, cut, args.output / "video-error-by-layer.png")
+    write_json({"clip": list(sample.clip), "relative_error_by_layer": errors, "versions": versions()}, args.data)
+    for plan, values in errors.items():
         print(f"{plan:16}", " ".join(f"{x:.3f}" for x in values))
 
 

@@ -85,12 +85,16 @@ def same_plan() -> dict[str, str]:
     return {name: first.setdefault(plan.groups, name) for name, (_, plan) in plans().items()}
 
 
-def records_of(output: Path) -> dict[str, dict[str, dict[str, Any]]]:
-    """Plan -> id -> record, from all run folders below a folder."""
-    found: dict[str, dict[str, dict[str, Any]]] = {}
+Found = dict[str, dict[str, dict[str, dict[str, Any]]]]
+
+
+def records_of(output: Path) -> Found:
+    """dtype of the model -> plan -> id -> record, from all run folders below a folder; bfloat16 (GPUs) before float32 (CPUs)."""
+    found: Found = {"torch.bfloat16": {}, "torch.float32": {}}
     for path in sorted(output.rglob("run.json")):
+        of_dtype = found[json.loads(path.read_text())["config"]["dtype"]]
         for r in read_records(path.parent):
-            found.setdefault(r["plan"], {})[r["id"]] = r
+            of_dtype.setdefault(r["plan"], {})[r["id"]] = r
     return found
 
 
@@ -98,11 +102,11 @@ def run(args: argparse.Namespace) -> None:
     """The plans of one shard, one after the other."""
     started, longest = time.perf_counter(), 0.0
     number, shards = (int(x) for x in args.shard.split("/"))
-    whole = {plan for plan, records in records_of(args.output).items() if len(records) == args.questions}
-    wanted = [name for name in dict.fromkeys(same_plan()[n] for n in args.only or plans()) if name not in whole]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    whole = {plan for plan, records in records_of(args.output)[str(dtype)].items() if len(records) == args.questions}
+    wanted = [name for name in dict.fromkeys(same_plan()[n] for n in args.only or plans()) if name not in whole]
     model = transformers.AutoModelForImageTextToText.from_pretrained(args.model, dtype=dtype).to(device).eval()
     model.model.apply_pooling = halve
     samples = list(video.samples(args.questions, "test", args.frames))
@@ -143,17 +147,21 @@ def rows_of(records: list[dict[str, Any]], config: Any) -> list[dict[str, Any]]:
 
 
 def merge(args: argparse.Namespace) -> None:
-    """Rows of the plans that were asked all questions."""
-    found = records_of(args.output)
-    records: list[dict[str, Any]] = []
-    for name, run_as in same_plan().items():
-        own = found.get(run_as, {}).values()
-        if len(own) == args.questions:
-            records += [r | {"plan": name} for r in own]
-        else:
-            print(f"missing or incomplete: {name} ({len(own)} of {args.questions})")
+    """Rows of the plans that were asked all questions. A plan that both dtypes have counts once, and is compared with plans of its dtype."""
+    config, found, rows = transformers.AutoConfig.from_pretrained(args.model), records_of(args.output), []
+    missing = dict.fromkeys(plans())
+    for dtype, of_dtype in found.items():
+        records = []
+        for name, run_as in same_plan().items():
+            own = of_dtype.get(run_as, {}).values()
+            if len(own) == args.questions:
+                records += [r | {"plan": name} for r in own]
+        rows += [r | {"dtype": dtype} for r in rows_of(records, config) if r["plan"] in missing]
+        for r in rows:
+            missing.pop(r["plan"], None)
+    for name in missing:
+        print(f"missing or incomplete: {name}")
     runs = [json.loads(path.read_text()) for path in sorted(args.output.rglob("run.json"))]
-    rows = rows_of(records, transformers.AutoConfig.from_pretrained(args.model))
     about = {"model": args.model.name, "questions": args.questions, "frames": args.frames}
     write_json(about | {"runs": [{k: r[k] for k in ("config", "versions")} for r in runs], "rows": rows}, args.result)
     for r in rows:

@@ -68,11 +68,12 @@ def test_shards_together_are_the_table(tmp_path: Path) -> None:
     names = ["bf16", "balanced", "vidkv-1.5/2", "keys by range"]
     for shard, only in (("0/2", names), ("1/2", names), ("0/1", names)):
         table.run(Namespace(**options, shard=shard, only=only))
-    assert {k: len(v) for k, v in table.records_of(tmp_path / "runs").items()} == dict.fromkeys(names[:3], 4)
+    assert {k: len(v) for k, v in table.records_of(tmp_path / "runs")["torch.float32"].items()} == dict.fromkeys(names[:3], 4)
     table.merge(Namespace(**options))
     rows = json.loads((tmp_path / "table.json").read_text())["rows"]
     total = {r["plan"]: r for r in rows if r["kind"] == "all"}
     assert set(total) >= set(names) and {r["group"] for r in rows} == {"setting", "ablation"}
+    assert {r["dtype"] for r in rows} == {"torch.float32"} and len(rows) == len({(r["plan"], r["kind"]) for r in rows})
     assert all(r["n"] == 4 and len(r["right"]) == 4 for r in total.values())
     assert total["keys by range"]["bits_per_element"] == total["vidkv-1.5/2"]["bits_per_element"] < 16 == total["bf16"]["bits_per_element"]
     assert total["balanced"]["bits_per_element_at_32k"] < 2 and total["balanced"]["difference"] is not None
