@@ -93,6 +93,35 @@ def check_pack(quant: KVQuant, dim: int, dtype: torch.dtype, device: str = "cpu"
                 compare(half, got[b : b + 1, :, first : first + n, part], want[b : b + 1, :, first : first + n, part], y)
 
 
+def check_cuda_pack(quant: KVQuant, dim: int, device: str = "cuda") -> None:
+    """The CUDA kernel's bytes against the reference's, and what it leaves behind for the map back against the bytes."""
+    from bitsandheads.ops import cuda_pack
+
+    layout, x = TileLayout.of(quant, dim), tokens(quant, dim, torch.bfloat16, device, 6)[0]
+    jobs, left_out = torch.tensor([[0, 5], [6, 4], [0, 1]], dtype=torch.int32, device=device), (2, 3, 200)
+    skip = torch.tensor(left_out, dtype=torch.int32, device=device).expand(2, 2, 3).contiguous()
+    place = torch.tensor([i for i in range(x.shape[2]) if i not in left_out], device=device)
+    for _, half, base in halves(quant, dim):
+        codec = HalfCodec(half)
+        basis = codec.find_basis(x.float()[:, :, : 6 * 128], torch.rand(2, 2, dim, device=device) + 0.1)
+        weight = torch.rand(2, 2, 6 * 128, device=device) + 0.1
+        tiles = torch.zeros(2, 2, 6, layout.nbytes, dtype=torch.uint8, device=device)
+        kept, error = torch.zeros(2, 2, 6, dim, 128, dtype=torch.bfloat16, device=device), torch.zeros(2, 2, 6, dim, device=device)
+        status = torch.zeros(1, dtype=torch.int32, device=device)
+        cuda_pack.pack_half(x, tiles, jobs, 6, False, half, base, basis, skip, weight, kept, error, status)
+        part = tiles[..., base : base + half.nbytes]
+        largest = max(m.abs().max().item() for m in half.read_metadata(part))
+        assert abs(status.view(torch.float32).item() / largest - 1) < 0.07  # before they were rounded to fp8
+        for b, (first, n, at) in enumerate(jobs.T.tolist()):
+            own = {name: m[b : b + 1] for name, m in basis.items()}
+            packed = x[b : b + 1, :, place[first : first + n * 128]].float()
+            y, got = codec.encode(packed, own), part[b : b + 1, :, at : at + n]
+            compare(half, got, codec.pack(packed, own, weight[b : b + 1, :, : n * 128]), y)
+            restored = half.read(got)[0]  # [h, n, tile, D]
+            close(kept[b, :, :n].mT, restored, 2**-8)
+            close(error[b, :, :n], (y[0].unflatten(1, (n, 128)) - restored).square().sum(2), 1e-3)
+
+
 def steps_of(half: HalfLayout, data: Tensor) -> tuple[Tensor, Tensor]:
     """The stored steps, and those of the axes that have a centre."""
     steps, centres = half.read_metadata(data)

@@ -64,20 +64,24 @@ def unsupported(x: Tensor, half: HalfLayout, weight: Tensor | None) -> str | Non
     return _unsupported_layout(half) or why_no_nvrtc()
 
 
-@lru_cache(maxsize=64)
-def _kernel(half: HalfLayout, base: int, tile_bytes: int, weighted: bool, keep: bool, device: torch.device) -> tuple[Any, int]:
-    """The loaded kernel and the shared memory of a CTA."""
-    from cuda.bindings import driver
-
-    two, one = (_plane(half, bits, device) for bits in (2, 1))
+def source(half: HalfLayout, tile_bytes: int, weighted: bool, keep: bool) -> str:
+    """The source with its constants."""
+    two, one = (_plane(half, bits, torch.device("cpu")) for bits in (2, 1))
     numbers = {name.upper(): half.sections[name][0] for name in ("two", "one", "steps", "centres", "factors")}
     numbers |= {"DIM": half.head_dim, "NBYTES": half.nbytes, "TILE_BYTES": tile_bytes, "WEIGHTED": int(weighted), "KEEP": int(keep)}
     numbers |= {"TWO_WIDTH": two.width, "ONE_WIDTH": one.width, "ONE_COLUMNS": one.columns}
-    text = "".join(f"#define {k} {v}\n" for k, v in numbers.items()) + SOURCE.read_text()
+    return "".join(f"#define {k} {v}\n" for k, v in numbers.items()) + SOURCE.read_text()
+
+
+@lru_cache(maxsize=64)
+def _kernel(half: HalfLayout, tile_bytes: int, weighted: bool, keep: bool, device: torch.device) -> tuple[Any, int]:
+    """The loaded kernel and the shared memory of a CTA."""
+    from cuda.bindings import driver
+
     major, minor = torch.cuda.get_device_capability(device)
     shared = _shared(half)
     with torch.cuda.device(device):
-        module = _check(driver.cuModuleLoadData(cached_cubin(text, f"sm_{major}{minor}")))
+        module = _check(driver.cuModuleLoadData(cached_cubin(source(half, tile_bytes, weighted, keep), f"sm_{major}{minor}")))
         kernel = _check(driver.cuModuleGetFunction(module, b"pack_tiles"))
         _check(driver.cuFuncSetAttribute(kernel, driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared))
     return kernel, shared
@@ -93,7 +97,7 @@ def pack_half(
         BackendError: NVRTC is missing or rejects the source.
     """
     batch, heads, _, dim = x.shape
-    kernel, shared = _kernel(half, base, tiles.shape[-1], weight is not None, kept is not None, x.device)
+    kernel, shared = _kernel(half, tiles.shape[-1], weight is not None, kept is not None, x.device)
     matrix, mean = basis.get("forward", basis["axes"]).contiguous(), basis["mean"].contiguous()
     table = _axis_table(half, int(_constants(half, base, tiles.shape[-1])["DP"]), x.device)  # type: ignore[call-overload]
     p = _Params()
