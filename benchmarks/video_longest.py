@@ -9,7 +9,7 @@ hours, and what they need is gone when decoding begins. With --one-pass real pix
 transformers does it; the activations of that pass are then what fills the memory.
 
 `bitsandheads plan --gpu-memory` predicts the number of frames; the search brackets the truth to --step. An attempt that runs out of
-memory is caught and counts as too long. Rows are written as they come, and a plan whose row is there is not run again.
+memory is caught and counts as too long. Rows are written as they come, and a plan whose search ended is not run again.
 """
 
 import argparse
@@ -30,10 +30,11 @@ from bitsandheads.demo import versions, write_json
 from bitsandheads.layer import CompressedLayer, read_mask
 
 CONFIG = Path(__file__).resolve().parent.parent / "tests" / "configs" / "qwen2.5-vl-7b"
-PIECE = 32768  # tokens that are packed at a time
+PIECE = 65536  # tokens that are packed at a time
 QUERIES = 256  # newest queries of the prompt that steer packing
-SHORT = 2 * PIECE  # tokens of the attempt that compiles the kernels and shows what is needed beside the cache
+SHORT = 3 * PIECE // 2  # tokens of the attempt that compiles the kernels and shows what is needed beside the cache
 SPARE = 64 << 20  # bytes left free in the first guess
+Note = Callable[[dict[str, Any]], None]  # what is known so far about a plan
 
 
 # -- what is held -----------------------------------------------------------------------------------------------------------------
@@ -153,8 +154,11 @@ def attempt(figures: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
         return None
 
 
-def search(measure: Callable[[int], dict[str, Any] | None], guess: int, step: float, until: float) -> dict[str, Any]:
-    """The longest clip that worked and the shortest that did not, within a factor of 1 + step or until the time is over. Frames come in twos."""
+def search(measure: Callable[[int], dict[str, Any] | None], guess: int, step: float, until: float, note: Note) -> None:
+    """The longest clip that worked and the shortest that did not, within a factor of 1 + step or until the time is over. Frames come in twos.
+
+    note: given what is known after each attempt.
+    """
     best: dict[str, Any] | None = None
     low, high, frames = 0, None, max(2, guess // 2 * 2)
     tried = []
@@ -166,6 +170,7 @@ def search(measure: Callable[[int], dict[str, Any] | None], guess: int, step: fl
             high = frames
         else:
             best, low = {"frames": frames} | found, frames
+        note({"too_long": high, "tried": tried} | (best or {"frames": None}))
         if high is not None and high - low <= max(2, step * low):
             break
         if high is None:
@@ -175,10 +180,9 @@ def search(measure: Callable[[int], dict[str, Any] | None], guess: int, step: fl
         else:
             frames = (low + high) // 2
         frames = max(2, frames // 2 * 2)
-    return {"too_long": high, "tried": tried} | (best or {"frames": None})
 
 
-def held_row(model: Any, plan: str, frame: float, found: Capacity, args: argparse.Namespace, until: float) -> dict[str, Any]:
+def search_held(model: Any, plan: str, frame: float, found: Capacity, args: argparse.Namespace, until: float, note: Note) -> None:
     """Search for the longest clip that is held, from what a short one needs beside its cache."""
 
     def measure(frames: int) -> dict[str, Any] | None:
@@ -192,17 +196,17 @@ def held_row(model: Any, plan: str, frame: float, found: Capacity, args: argpars
     resolved = get_plan(plan).resolve(model.config)
     room = free - (short["peak_bytes"] - short["allocated_bytes"]) - SPARE
     guess = int(largest(lambda n: resolved.bytes_for(n) <= room) / frame)
-    print(plan, f"predicted {found.held_frames}, begins with {guess}", flush=True)
-    return {"predicted_frames": found.held_frames} | search(measure, guess, args.step, until)
+    print(plan, f"predicted {found.held_frames}, begins with {guess}, {free / 1e9:.1f} GB free", flush=True)
+    search(measure, guess, args.step, until, lambda row: note({"predicted_frames": found.held_frames, "free_bytes": free} | row))
 
 
-def one_pass_row(model: Any, plan: str, found: Capacity, args: argparse.Namespace, until: float) -> dict[str, Any]:
+def search_one_pass(model: Any, plan: str, found: Capacity, args: argparse.Namespace, until: float, note: Note) -> None:
     """Search for the longest clip that is read at once, from the prediction."""
 
     def measure(frames: int) -> dict[str, Any] | None:
         return attempt(lambda: one_pass(model, plan, frames, args.size, args.tokens))
 
-    return {"predicted_frames": found.frames} | search(measure, found.frames or 2, args.step, until)
+    search(measure, found.frames or 2, args.step, until, lambda row: note({"predicted_frames": found.frames} | row))
 
 
 def warm(config: Any, plans: list[str]) -> None:
@@ -245,12 +249,19 @@ def main() -> None:
     data |= {"weights": weights(config), "gpu": torch.cuda.get_device_name(), "versions": versions()}
     what = "one pass" if args.one_pass else "held"
     for plan in args.plans:
-        if any((r["plan"], r["what"]) == (plan, what) for r in data["rows"]) or time.perf_counter() > until:
+        others = [r for r in data["rows"] if (r["plan"], r["what"]) != (plan, what)]
+        if any(r["too_long"] for r in data["rows"] if r not in others) or time.perf_counter() > until:
             continue
         found = capacity(config, get_plan(plan), memory, frame, data["weights"])
-        row = one_pass_row(model, plan, found, args, until) if args.one_pass else held_row(model, plan, frame, found, args, until)
-        data["rows"].append({"plan": plan, "what": what} | row)
-        write_json(data, args.output)
+
+        def note(row: dict[str, Any], plan: str = plan, others: list[dict[str, Any]] = others) -> None:
+            data["rows"] = [*others, {"plan": plan, "what": what} | row]
+            write_json(data, args.output)
+
+        if args.one_pass:
+            search_one_pass(model, plan, found, args, until, note)
+        else:
+            search_held(model, plan, frame, found, args, until, note)
 
 
 if __name__ == "__main__":

@@ -54,9 +54,13 @@ def test_a_clip_is_read_in_one_pass(qwen) -> None:
 
 def test_the_search_brackets() -> None:
     for guess in (400, 998, 1000, 1500):
-        found = longest.search(lambda n: {"n": n} if n <= 1000 else None, guess, 0.01, 1e18)
+        notes: list[dict] = []
+        longest.search(lambda n: {"n": n} if n <= 1000 else None, guess, 0.01, 1e18, notes.append)
+        found = notes[-1]
+        assert len(notes) == len(found["tried"])
         assert found["frames"] == found["n"] <= 1000 < found["too_long"] <= found["frames"] * 1.01 + 2, guess
-    assert longest.search(lambda n: None, 8, 0.01, 1e18)["frames"] is None
+    longest.search(lambda n: None, 8, 0.01, 1e18, notes.append)
+    assert notes[-1]["frames"] is None and notes[-1]["too_long"] == 2
 
 
 def test_shards_together_are_the_table(tmp_path: Path) -> None:
