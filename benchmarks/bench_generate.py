@@ -45,7 +45,7 @@ from bitsandheads.layer import ChunkMask
 STEPS = 40, 14  # new tokens of a row, and how many of them come before the time is taken
 FEW = 8, 3  # the same for caches that take long
 QUERIES = 256  # newest queries that packing looks at
-STEPS_SECONDS, ROW_SECONDS = 8.0, 90  # a row takes no more steps after this time, and is given up
+STEPS_SECONDS, ROW_SECONDS = 8.0, 60  # a row takes no more steps after this time, and is given up
 CHUNK = 8192  # tokens of a pass, for prompts in chunks
 PROFILED, BETWEEN_US = 6, 20  # steps of a profile; longer than that the GPU waits for the host
 TUNED = {"coordinate_descent_tuning": True}  # options of torch.compile
