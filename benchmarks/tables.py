@@ -85,20 +85,13 @@ def decode_qwen() -> list[str]:
 
 def packing() -> list[str]:
     """Packing alone, and all that follows the attention of a prompt, for one layer."""
-    rows = json.loads((RESULTS / "pack-h100.json").read_text())["rows"]
-    prompts = {(r["model"], r["plan"], r["backend"], r["batch"], r["tokens"]): r for r in rows if r["what"] == "prompt"}
-    lines = [
-        "| model, batch, tokens | plan | backend | pack keys + values, us | times one read | a prompt, us of the device | us by the clock |",
-        "|---" * 7 + "|",
-    ]
-    for r in rows:
-        whole = prompts.get((r["model"], r["plan"], r["backend"], r["batch"], r["tokens"]))
-        if r["what"] == "pack" and whole:
-            device = "-" if r["backend"] == "reference" else f"{whole['us']:,.0f} [{whole['us_low']:,.0f}, {whole['us_high']:,.0f}]"
-            lines.append(
-                f"| {r['model']}, {r['batch']}, {r['tokens']:,} | `{r['plan']}` | {r['backend']} | {r['keys_us']:,.1f} + {r['values_us']:,.1f} "
-                f"| {r['ratio']:,.1f} | {device} | {whole['clock_us']:,.0f} |"
-            )
+    data = json.loads((RESULTS / "pack-h100.json").read_text())
+    rows = [{"run": 1, "commit": data["commit"]} | r for r in data["rows"] if r["what"] in ("pack", "prompt")]
+    lines = ["| | plan | backend | commit | us [low, high] | |", "|---" * 6 + "|"]
+    for r in sorted(rows, key=lambda r: (r["what"], r["plan"], r["backend"], -r["run"])):
+        more = f"{r['ratio']:.1f} times one read" if "ratio" in r else f"{r['clock_us']:,.0f} by the clock"
+        us = f"{r['us']:,.0f} [{r['us_low']:,.0f}, {r['us_high']:,.0f}]"
+        lines.append(f"| {r['what']} | `{r['plan']}` | {r['backend']} | {r['commit'][:7]} | {us} | {more} |")
     return lines
 
 
