@@ -35,7 +35,7 @@ SHARED_LIMIT = 227 * 1024
 MANY = 12, 2, 168  # reads fastest
 FEW = 8, 3, 176  # leaves room for merge beside it, which then starts early
 LARGER = (8, 3, 255), (8, 2, 255), (4, 3, 255), (4, 2, 255), (4, 1, 255)  # where the tiles of MANY do not fit
-MANY_TILES = 12  # for each multiprocessor: from here on MANY
+MANY_TILES = 96  # for each multiprocessor: from here on MANY
 RUN = 8
 LOG2E = 1.4426950408889634
 
