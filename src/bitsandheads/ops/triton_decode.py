@@ -237,9 +237,10 @@ def _attend_part(
     flags.pop("NOISE")
     collect, weights, _ = _collect(layout.values, device) if layout else (q, q, 0)
     terms = _terms(layout.values, device) if layout else 1
-    kernels.finish[(batch * h, blocks, dp // 32)](
+    block = min(dp, 32)
+    kernels.finish[(batch * h, blocks, dp // block)](
         merged, merged_stats, out, lse, collect, weights, tensors["matrix"], tensors["order"], tensors["mean"], tensors["m_b"], tensors["m_h"],
-        h, index, q_heads, GROUP=group, Q=n_query, D=dim, DP=dp, ROWS=rows, WIDTH=width, TILES=used, TERMS=terms, BLOCK=32, num_warps=2, **flags,
+        h, index, q_heads, GROUP=group, Q=n_query, D=dim, DP=dp, ROWS=rows, WIDTH=width, TILES=used, TERMS=terms, BLOCK=block, num_warps=2, **flags,
     )  # fmt: skip
 
 
