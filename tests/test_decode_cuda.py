@@ -125,3 +125,16 @@ def test_layouts(emulate, quant: KVQuant, dtype: torch.dtype) -> None:
 def test_without_tiles(emulate) -> None:
     emulate(5)
     check([heads(None, 128, (0,), [0, 0], [0, 0], [300, 7])], 16)
+
+
+def test_small_heads_on_a_line_beside_large_ones(emulate) -> None:
+    """Two long sequences take CTAs of their own; the heads of a short one and those with windows, between them in number, share the others."""
+    emulate(9)
+    window = heads(None, 64, (1,), [4, 4, 4], [0, 0, 0], [40, 50, 70], window=30)
+    check([heads(BALANCED, 64, (0,), [6, 6, 0], [1, 40, 38], [14, 17, 60]), window], 8, dim=64)
+
+
+def test_both_kinds_in_a_large_part(emulate) -> None:
+    """CTAs with so many units that the one with whole-precision tokens takes fewer tiles."""
+    emulate(2)
+    check([heads(BALANCED, 64, (0,), [6], [140], [120])], 7, dim=64)

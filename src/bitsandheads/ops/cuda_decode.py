@@ -35,7 +35,7 @@ SHARED_LIMIT = 227 * 1024
 MANY = 12, 2, 168  # reads fastest
 FEW = 8, 3, 176  # leaves room for merge beside it, which then starts early
 LARGER = (8, 3, 255), (8, 2, 255), (4, 3, 255), (4, 2, 255), (4, 1, 255)  # where the tiles of MANY do not fit
-MANY_TILES = 96  # for each multiprocessor: from here on MANY
+MANY_TILES = 12  # for each multiprocessor: from here on MANY
 RUN = 8
 LOG2E = 1.4426950408889634
 
@@ -196,7 +196,7 @@ def _fixed_shared_bytes(layout: TileLayout | None, dim: int, warps: int, stages:
         numbers = _constants(layout)[0]
         head = 512 * (numbers["K_PAIRS"] + numbers["K_CENTRES"] * (1 + numbers["CENTRE_RESIDUAL"]))
     per_warp = max(ROWS * (dim + 4) * 4, decoded) + ROWS * 8 + stages * 8
-    return head + warps * (per_warp + 32) + ROWS * 8 + 4 * (6 * MAX_ENTRIES + 3) + 32
+    return head + warps * (per_warp + 32) + ROWS * 8 + 4 * (6 * MAX_ENTRIES + 4) + 32
 
 
 def _shared_bytes(layout: TileLayout | None, dim: int, warps: int, stages: int) -> int:
@@ -425,7 +425,7 @@ def _launch(
     for i, s in enumerate(sets):
         p.sets[i] = _set(s, keep)
     heads = sum(len(s.kv_heads) for s in sets) * batch * blocks
-    results = (run.ctas + heads) * 2 * ROWS
+    results = (run.ctas + 2 * heads) * 2 * ROWS
     scratch = torch.empty(results * (4 * dim + 8) + heads * 8, dtype=torch.uint8, device=q.device)
     p.partial = scratch.data_ptr()
     p.stats = p.partial + results * 4 * dim

@@ -6,10 +6,10 @@
 //   merge    merges the partial results of query rows in a fixed order (reruns are bit-identical), rotates back and writes output and lse.
 //
 // Work of attend is counted in *units*: one packed tile, or RAW_TOKENS whole-precision tokens. A *head* below is one (set, sequence, KV head, block of 8 query rows).
-// If it balances, every head has CTAs of its own; otherwise the units of all heads, whole-precision ones first in every head, form one line that is cut into
-// equal stretches, where every head begins with LEAD empty positions that stand for its fixed cost. Every CTA finds its part from the lengths: nothing is
-// planned on the host. The part of one head that falls into one CTA is a *segment*; it gives two partial results (whole-precision tokens by channel, packed
-// ones by axis) at slot = CTA + head.
+// If it balances, every head has CTAs of its own, or at least every head with more units than a CTA's share. The units of the other heads, whole-precision ones
+// first in every head, form a line that is cut into equal stretches for the remaining CTAs, where every head begins with LEAD empty positions that stand for its
+// fixed cost. Every CTA finds its part from the lengths: nothing is planned on the host. The part of one head that falls into one CTA is a *segment*; it gives two
+// partial results (whole-precision tokens by channel, packed ones by axis) at slot = CTA + head (on the line: + all heads, so that no two are the same).
 //
 // MMA fragments below are those of mma.m16n8k16: lane = 4 * (row of A, column of B) + (pair of k): `i8` = lane / 4, `l4` = lane % 4.
 //
@@ -31,6 +31,7 @@ constexpr int D = HEAD_DIM, KV = D / 32, THREADS = WARPS * 32;
 constexpr int MAX_SETS = 4, MAX_HEADS = 128, MAX_ENTRIES = 256;
 constexpr int RAW_TOKENS = HAS_TILES ? 16 : 32;               // whole-precision tokens of a unit
 constexpr int SEPARATE_PARTS = 8;                             // CTAs of a head from which whole-precision and packed units get CTAs of their own
+constexpr int LARGE_PART = 64;                                // units of a CTA from which it counts that it has both kinds
 constexpr int MIN_UNITS = 2;                                  // of a CTA, if there are as many
 constexpr int LEAD = 8;                                       // what a head costs a CTA beside its units, in units
 constexpr int MERGE_THREADS = 256, MERGE_WARPS = 8;
@@ -120,15 +121,15 @@ __device__ __forceinline__ u32 word(const uint4& v, int i) { return i == 0 ? v.x
 
 // ---- the plan -------------------------------------------------------------------------------------------------------------------------------
 struct Plan {                  // entry = (set, sequence)
-  int start[MAX_ENTRIES + 1];  // its first position on the line
   int raw[MAX_ENTRIES], tiles[MAX_ENTRIES];   // units of each of its heads
   int first_head[MAX_ENTRIES];
-  int first_cta[MAX_ENTRIES], parts[MAX_ENTRIES];   // with CTAs of their own: the entry's first, and how many each head may have
-  int share;                   // positions of a CTA
-  bool split;                  // every head has CTAs of its own
+  int first_cta[MAX_ENTRIES], parts[MAX_ENTRIES];   // with CTAs of their own: the entry's first, and how many each head may have (0: it is on the line)
+  int start[MAX_ENTRIES + 1];  // its first position on the line
+  int line, share;             // first CTA of the line, positions of a CTA
+  int heads;
 };
 struct Head { int set, b, h, block, number; };   // number: over the whole launch
-struct Segment { Head head; int entry, raw, tiles, begin, end, length; };   // raw, tiles: of the head; begin, end: units of the segment; length: positions
+struct Segment { Head head; int entry, slot, raw, tiles, begin, end, length; };   // raw, tiles: of the head; begin, end: units of the segment; length: positions
 
 __device__ __forceinline__ int divide_up(int a, int b) { return (u32)(a + b - 1) / (u32)b; }
 __device__ __forceinline__ int raw_units(int tokens) { return (tokens + RAW_TOKENS - 1) / RAW_TOKENS; }
@@ -138,9 +139,50 @@ __device__ __forceinline__ int prefix_sum(int x, int lane) {   // of the lanes u
   return x;
 }
 
+// CTAs of their own for the heads with more than a CTA's share of the units alone, if that balances: the others lie on the line; or else all do. Returns the positions of the line.
+__device__ __forceinline__ int make_line(const Params& p, Plan& plan, int ctas, int lane, int units, int heads, int even, int limit, int& used) {
+  const int entries = p.n_sets * p.batch;
+  const auto own_of = [&](int e) { return plan.raw[e] + plan.tiles[e]; };
+  const auto heads_of = [&](int e) { return p.sets[(u32)e / (u32)p.batch].heads * BLOCKS; };
+  const auto small = [&](int e) { return ctas * own_of(e) < units; };
+  int line = 0, line_heads = 0, longest = 0;
+  #pragma unroll 1
+  for (int e = lane; e < entries; e += 32)
+    if (small(e)) { line += (LEAD + own_of(e)) * heads_of(e); line_heads += heads_of(e); }
+  line = __reduce_add_sync(ALL, line);
+  line_heads = __reduce_add_sync(ALL, line_heads);
+  const u32 own_ctas = max(ctas - divide_up(line, even), 0), own_units = max(units - line + LEAD * line_heads, 1);
+  const auto parts_of_head = [&](int e) { return max((int)(own_ctas * (u32)own_of(e) / own_units), 1); };
+  used = 0;
+  #pragma unroll 1
+  for (int e = lane; e < entries; e += 32)
+    if (!small(e)) { used += parts_of_head(e) * heads_of(e); longest = max(longest, divide_up(own_of(e), parts_of_head(e))); }
+  used = __reduce_add_sync(ALL, used);
+  const bool mixed = line_heads && line_heads < heads && used < ctas && __reduce_max_sync(ALL, longest) <= limit && line <= (ctas - used) * limit;
+  used = line = 0;
+  #pragma unroll 1
+  for (int e0 = 0; e0 < entries; e0 += 32) {
+    const int e = e0 + lane;
+    int mine = 0, positions = 0;
+    if (e < entries) {
+      plan.parts[e] = mixed && !small(e) ? parts_of_head(e) : 0;
+      mine = plan.parts[e] * heads_of(e);
+      positions = mine ? 0 : (LEAD + own_of(e)) * heads_of(e);
+    }
+    const int sum = prefix_sum(mine, lane), place = prefix_sum(positions, lane);
+    if (e < entries) {
+      plan.first_cta[e] = used + sum - mine;
+      plan.start[e] = line + place - positions;
+    }
+    used += __shfl_sync(ALL, sum, 31);
+    line += __shfl_sync(ALL, place, 31);
+  }
+  return line;
+}
+
 __device__ __forceinline__ void make_plan(const Params& p, Plan& plan, int ctas, int lane) {   // one warp
   const int entries = p.n_sets * p.batch;
-  int total = 0, units = 0, heads = 0;                        // positions, units and heads of the entries so far
+  int total, units = 0, heads = 0;                        // positions, units and heads of the entries so far
   for (int e0 = 0; e0 < entries; e0 += 32) {
     const int e = e0 + lane;
     int raw = 0, tiles = 0, own = 0;
@@ -163,6 +205,7 @@ __device__ __forceinline__ void make_plan(const Params& p, Plan& plan, int ctas,
     heads += __shfl_sync(ALL, before, 31);
   }
   total = units + LEAD * heads;
+  const int even = max(divide_up(total, ctas), MIN_UNITS), limit = even + even / 16 + LEAD / 2;   // a line gives some CTAs parts of two heads
   // CTAs of its own for every head, in proportion to its units
   int used = 0, longest = 0;
   for (int e0 = 0; e0 < entries; e0 += 32) {
@@ -179,56 +222,63 @@ __device__ __forceinline__ void make_plan(const Params& p, Plan& plan, int ctas,
     used += __shfl_sync(ALL, sum, 31);
     longest = max(longest, __reduce_max_sync(ALL, longer));
   }
+  if (used <= ctas && longest <= limit) total = 0;            // nothing is left for the line
+  else total = make_line(p, plan, ctas, lane, units, heads, even, limit, used);
   if (lane == 0) {
-    const int even = max(divide_up(total, ctas), MIN_UNITS);
     plan.start[entries] = total;
-    plan.share = even;
-    plan.split = used <= ctas && longest <= even + even / 16 + LEAD / 2;   // a line gives some CTAs parts of two heads
+    plan.line = used;
+    plan.share = max(divide_up(total, max(ctas - used, 1)), MIN_UNITS);
+    plan.heads = heads;
   }
 }
 
 // How the units of a head are dealt to CTAs of its own: with many, those in front take the whole-precision units alone, and no CTA does one kind after the other.
-struct Parts { int count, raw, raw_each, each; };             // CTAs; of them with whole-precision units alone; units of such a one and of another
+// A large one with both kinds counts LEAD units more.
+struct Parts { int count, raw, raw_each, each, lead; };       // CTAs; of them with whole-precision units alone; units of such a one and of another; what the first of the others counts more
 __device__ __forceinline__ Parts parts_of(int raw, int tiles, int parts) {
-  Parts x = {0, 0, 0, 0};
+  Parts x = {0, 0, 0, 0, 0};
   if (parts >= SEPARATE_PARTS && raw && tiles) {
     x.raw_each = divide_up(raw, max((u32)(parts * raw) / (u32)(raw + tiles), 1u));
     x.raw = divide_up(raw, x.raw_each);
+    if (divide_up(tiles, parts - x.raw) > divide_up(raw + tiles, parts) + LEAD) x.raw = 0;
   }
-  const int rest = (x.raw ? 0 : raw) + tiles;
-  x.each = divide_up(rest, parts - x.raw);
-  x.count = x.raw + divide_up(rest, x.each);
+  const int rest = (x.raw ? 0 : raw) + tiles, both = !x.raw && raw && tiles && rest >= parts * LARGE_PART ? LEAD : 0;
+  x.each = divide_up(rest + both, parts - x.raw);
+  x.lead = min(both, x.each - 1);
+  x.count = x.raw + divide_up(rest + x.lead, x.each);
   return x;
 }
-// The segment at position pos of the line, up to `end` at most; `entry` is where the search begins.
-__device__ __forceinline__ Segment locate(const Params& p, const Plan& plan, int pos, int end, int entry) {
+__device__ __forceinline__ int slot_of(const Plan& plan, int cta, int head) { return cta + head + (cta < plan.line ? 0 : plan.heads); }
+// A segment of head hb of an entry: `length` positions from `within` on, where the first LEAD positions stand for the head's fixed cost
+__device__ __forceinline__ Segment segment(const Params& p, const Plan& plan, int entry, int hb, int within, int length) {
   Segment s;
-  while (plan.start[entry + 1] <= pos) entry++;
   s.entry = entry;
   s.head.set = (u32)entry / (u32)p.batch;
   s.head.b = entry - s.head.set * p.batch;
-  s.raw = plan.raw[entry];
-  s.tiles = plan.tiles[entry];
-  const int span = LEAD + s.raw + s.tiles, hb = (u32)(pos - plan.start[entry]) / (u32)span, within = pos - plan.start[entry] - hb * span;
   s.head.h = hb / BLOCKS;
   s.head.block = hb - s.head.h * BLOCKS;
   s.head.number = plan.first_head[entry] + hb;
-  s.length = min(span - within, end - pos);
+  s.slot = slot_of(plan, blockIdx.x, s.head.number);
+  s.raw = plan.raw[entry];
+  s.tiles = plan.tiles[entry];
+  s.length = length;
   s.begin = max(within - LEAD, 0);
-  s.end = within + s.length - LEAD;                           // at most 0: nothing but the head's fixed cost
+  s.end = within + length - LEAD;                             // at most 0: nothing but the head's fixed cost
   return s;
 }
-// The CTAs that have a segment of a head.
-__device__ __forceinline__ void ctas_of(const Plan& plan, int entry, int hb, int& first, int& count) {
-  const int raw = plan.raw[entry], tiles = plan.tiles[entry];
-  if (plan.split) {
-    first = plan.first_cta[entry] + hb * plan.parts[entry];
-    count = parts_of(raw, tiles, plan.parts[entry]).count;
-  } else {
-    const int start = plan.start[entry] + hb * (LEAD + raw + tiles) + LEAD;
-    first = (u32)start / (u32)plan.share;
-    count = (u32)(start + raw + tiles - 1) / (u32)plan.share - first + 1;
-  }
+// The segment at position pos of the line, up to `end` at most; `entry` is where the search begins.
+__device__ __forceinline__ Segment locate(const Params& p, const Plan& plan, int pos, int end, int entry) {
+  while (plan.start[entry + 1] <= pos) entry++;
+  const int span = LEAD + plan.raw[entry] + plan.tiles[entry], hb = (u32)(pos - plan.start[entry]) / (u32)span, within = pos - plan.start[entry] - hb * span;
+  return segment(p, plan, entry, hb, within, min(span - within, end - pos));
+}
+// The slots of a head's partial results.
+__device__ __forceinline__ int2 slots_of(const Plan& plan, int entry, int hb) {
+  const int raw = plan.raw[entry], tiles = plan.tiles[entry], parts = plan.parts[entry];
+  const int start = plan.start[entry] + hb * (LEAD + raw + tiles) + LEAD, on_line = (u32)start / (u32)plan.share;
+  const int first = parts ? plan.first_cta[entry] + hb * parts : plan.line + on_line;
+  const int count = parts ? parts_of(raw, tiles, parts).count : (int)((u32)(start + raw + tiles - 1) / (u32)plan.share) - on_line + 1;
+  return make_int2(slot_of(plan, first, plan.first_head[entry] + hb), count);
 }
 
 __device__ __forceinline__ Head head_of(const Params& p, int number) {   // without a line
@@ -906,7 +956,7 @@ __device__ __forceinline__ void write_partial(const Params& p, const Segment& s,
       #pragma unroll
       for (int i = 0; i < LANE_FLOATS; i++) o[i] = fmaf(e, from[i], o[i]);
     }
-    const int to_row = partial_row(blockIdx.x + s.head.number, kind, row);
+    const int to_row = partial_row(s.slot, kind, row);
     float* to = p.partial + (i64)to_row * D + lane * LANE_FLOATS;
     if (LANE_FLOATS == 4) *(float4*)to = make_float4(o[0], o[1], o[LANE_FLOATS - 2], o[LANE_FLOATS - 1]); else *(float2*)to = make_float2(o[0], o[1]);
     if (kind == PACKED && m > 0.5f * NEVER) m += sm.constant[row];
@@ -934,24 +984,26 @@ extern "C" __global__ void __maxnreg__(MAX_REGISTERS) attend(const __grid_consta
   __syncthreads();
   const Plan& plan = sm.plan;
   const int entries = p.n_sets * p.batch, cta = blockIdx.x;
-  int pos, end, entry = 0;
-  if (plan.split) {
+  int pos, end;
+  Segment s;
+  if (cta < plan.line) {
+    int entry = 0;
     while (entry + 1 < entries && plan.first_cta[entry + 1] <= cta) entry++;
     const int raw = plan.raw[entry], units = raw + plan.tiles[entry], given = plan.parts[entry];
     const int head = (u32)(cta - plan.first_cta[entry]) / (u32)given, part = cta - plan.first_cta[entry] - head * given;
-    if (head >= p.sets[(u32)entry / (u32)p.batch].heads * BLOCKS) return;
     const Parts parts = parts_of(raw, plan.tiles[entry], given);
-    const int first = plan.start[entry] + head * (LEAD + units) + LEAD;
     const bool alone = part < parts.raw;
     const int rest = parts.raw ? raw : 0;
-    pos = first + (alone ? part * parts.raw_each : rest + (part - parts.raw) * parts.each);
-    end = first + (alone ? min((part + 1) * parts.raw_each, raw) : min(rest + (part - parts.raw + 1) * parts.each, units));
+    const int from = alone ? part * parts.raw_each : rest + (part - parts.raw) * parts.each - parts.lead, begin = max(from, 0);
+    pos = 0;
+    end = (alone ? min(from + parts.raw_each, raw) : min(from + parts.each, units)) - begin;
+    s = segment(p, plan, entry, head, LEAD + begin, end);
   } else {
-    pos = cta * plan.share;
+    pos = (cta - plan.line) * plan.share;
     end = min(pos + plan.share, plan.start[entries]);
+    if (pos < end) s = locate(p, plan, pos, end, 0);
   }
   if (pos >= end) return;
-  Segment s = locate(p, plan, pos, end, entry);
 #if HAS_TILES
   Prefetch& next = sm.next[w];                                // of lane 0
   if (lane == 0) next = prefetch_from(p, s, w, pos, end);
@@ -966,14 +1018,10 @@ extern "C" __global__ void __maxnreg__(MAX_REGISTERS) attend(const __grid_consta
 #endif
   for (;;) {
     if (s.end > 0) {
-      if (s.begin == 0 && threadIdx.x == 0) {                 // the head begins here: tell merge where its partial results are
-        int first, count;
-        ctas_of(plan, s.entry, s.head.h * BLOCKS + s.head.block, first, count);
-        p.slots[s.head.number] = make_int2(first + s.head.number, count);
-      }
+      if (s.begin == 0 && threadIdx.x == 0) p.slots[s.head.number] = slots_of(plan, s.entry, s.head.h * BLOCKS + s.head.block);   // the head begins here: for merge
       const bool raw = s.begin < s.raw, packed = HAS_TILES && s.end > s.raw;
       if (threadIdx.x < 2 * ROWS && !(threadIdx.x < ROWS ? raw : packed))
-        p.stats[partial_row(cta + s.head.number, threadIdx.x / ROWS, threadIdx.x % ROWS)] = make_float2(NEVER, 0.f);   // there is none
+        p.stats[partial_row(s.slot, threadIdx.x / ROWS, threadIdx.x % ROWS)] = make_float2(NEVER, 0.f);   // there is none
 #if HAS_TILES
       if (packed) {
         prepare_head(p, s, sm, w, lane, [&] { start_copies(); prefetch_raw(p, s); });
