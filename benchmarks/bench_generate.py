@@ -116,18 +116,17 @@ def points() -> Iterator[Point]:
     yield from (Point(first, plan, 1, 32768, kind) for kind in ("prefill", "chunked") for plan in ("balanced", "bf16"))
     yield from (Point(first, plan, 1, 131072, kind) for kind in ("steps", "tuned") for plan in OURS)
     yield from (Point(first, plan, 1, 2048, "longest") for plan in (*OURS, "extreme"))
-    yield from (Point(first, f"hf-{kind}", 8, 32768) for kind in ("static", "dynamic", "hqq-2", "quanto-2"))
-    yield from (Point(first, plan, 8, 32768) for plan in more)
-    yield from (Point(first, plan, 1, 131072, "prefill") for plan in ("balanced", "bf16"))
-    rest = [(1, 32768), (32, 32768), (8, 8192), (32, 8192), (8, 131072), (32, 131072)]
+    rest = [(1, 32768), (32, 32768), (8, 8192), (32, 8192)]
     yield from (Point(first, plan, b, t) for b, t in rest for plan in OURS)
+    yield from (Point(first, plan, 1, 131072, "prefill") for plan in ("balanced", "bf16"))
+    yield from (Point(first, plan, b, 131072) for b in (8, 32) for plan in OURS)
+    yield from (Point(first, plan, 8, 32768) for plan in more)
     yield from (Point(model, plan, b, t) for model in others for b, t in ((8, 32768), (1, 8192)) for plan in OURS)
     yield from (Point(model, plan, 1, 32768, "largest") for model in others for plan in OURS)
-    yield from (Point(model, plan, b, t) for model in others for b, t in rest[:4] for plan in OURS)
+    yield from (Point(model, plan, b, t) for model in others for b, t in rest for plan in OURS)
     yield from (Point(model, plan, b, 131072) for model in others for b in (1, 8, 32) for plan in OURS)
-    yield from (Point(first, "hf-static", 1, t) for t in (8192, 131072))
-    yield from (Point(first, plan, b, t) for plan in list(STATIC)[1:] for b, t in ((8, 32768), (1, 8192)))
-    yield from (Point(first, f"hf-{kind}", 1, 8192) for kind in ("dynamic", "hqq-2", "quanto-2"))
+    yield from (Point(first, plan, b, t) for plan in STATIC for b, t in ((8, 32768), (1, 8192)))
+    yield from (Point(first, f"hf-{kind}", b, t) for b, t in ((8, 32768), (1, 8192)) for kind in ("dynamic", "hqq-2", "quanto-2"))
     yield from (Point(model, "hf-static", 8, 32768) for model in others)
 
 
@@ -552,9 +551,7 @@ class Bench:
         """Compile what these points of one model need, then give the memory of its weights back until `restore`."""
         self.load(points[0].model)
         self.compiled = True
-        compiled = [
-            p for p in points if p.kind in ("steps", "tuned", "largest") and (p.plan in OURS or p.plan in STATIC)
-        ]  # all of ours share a step
+        compiled = [p for p in points if self.has_step(p)]
         alike = (replace(p, context=p.context if p.plan in STATIC else 2048) for p in compiled)
         for point in dict.fromkeys(alike):
             prompt = self.prompt(min(2048, point.context))
@@ -567,6 +564,15 @@ class Bench:
         for parameter in self.model.parameters():
             parameter.data = parameter.data.new_empty(0)
         clean(self.device)
+
+    @staticmethod
+    def has_step(point: Point) -> bool:
+        """Whether a point is compiled beforehand. All plans of ours share a step, and those of more than eight sequences a general one."""
+        if point.plan in STATIC:
+            return True
+        if point.kind == "tuned" or (point.kind == "steps" and point.batch <= 8):
+            return point.plan in OURS
+        return point.plan == OURS[0] and point.kind in ("steps", "largest")
 
     def restore(self) -> None:
         """Weights again."""
@@ -654,7 +660,12 @@ def run(args: argparse.Namespace) -> None:
         kind = SECTION.get(point.kind, "rows")
         data[kind] = [*(r for r in data[kind] if r["point"] != point.name), row]
         write(args.out, data)
-        print(point.name, {k: round(v, 3) if isinstance(v, float) else v for k, v in list(row.items())[5:]}, flush=True)
+        print(
+            f"{time.time() - started:.0f} s",
+            point.name,
+            {k: round(v, 3) if isinstance(v, float) else v for k, v in list(row.items())[5:]},
+            flush=True,
+        )
 
 
 if __name__ == "__main__":
