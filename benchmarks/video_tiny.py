@@ -1,4 +1,4 @@
-"""Accuracy by kind of question of the tiny video model under every plan, and ablations of VidKV's choices.
+"""Accuracy by kind of question of the tiny video model under every plan, ablations of VidKV's choices, and head plans.
 
     python benchmarks/video_tiny.py run --output runs/video --shard 0/4 &   # as many processes as there are cores and memory for
     python benchmarks/video_tiny.py merge --output runs/video               # -> benchmarks/results/video-tiny.json
@@ -30,6 +30,7 @@ from bitsandheads.tasks import video
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "video-tiny.json"
+SCORES = ROOT / "benchmarks" / "results" / "head-scores-video"  # benchmarks/heads_video.py
 LONG = 32768
 FIRST = (BASE, "balanced", "extreme", "kivi-2")  # the most telling plans
 RIVAL = "balanced"  # the plan that all others are compared with, beside bf16
@@ -73,16 +74,27 @@ def ablations() -> list[CachePlan]:
     return plans
 
 
+def head_plans() -> list[CachePlan]:
+    """A part of the KV heads windowed, by each method's scores; both methods in one cache; a larger window; all heads windowed."""
+    texts = [f"rlkv:{SCORES / f'{name}.tsv'}@{s}" for s in (0.5, 0.25, 0.75) for name in ("ablation", "mass", "random-0")]
+    best = f"rlkv:{SCORES / 'ablation.tsv'}"
+    texts[3:3] = [f"balanced+{best}@0.5", f"{best}@1"]
+    texts += [f"{best}@0.5@32+512", f"{best}@1@32+512"]
+    texts += [f"rlkv:{SCORES / 'random-1.tsv'}@{s}" for s in (0.5, 0.25, 0.75)]
+    return [get_plan(text) for text in texts]
+
+
 def plans() -> dict[str, tuple[str, CachePlan]]:
-    """Name -> its group ("setting": a preset, or "ablation") and the plan, the most important first."""
+    """Name -> its group ("setting": a preset, "ablation" or "heads") and the plan, the most important first."""
     names = [*FIRST, *(n for n in preset_names() if n not in FIRST)]
-    return {n: ("setting", get_plan(n)) for n in names} | {p.name: ("ablation", p) for p in ablations()}
+    others = {"ablation": ablations(), "heads": head_plans()}
+    return {n: ("setting", get_plan(n)) for n in names} | {p.name: (group, p) for group, own in others.items() for p in own}
 
 
 def same_plan() -> dict[str, str]:
     """Name -> the first name of a plan with the same head groups; that one is run for all of them."""
     first: dict[Any, str] = {}
-    return {name: first.setdefault(plan.groups, name) for name, (_, plan) in plans().items()}
+    return {name: first.setdefault((plan.groups, *sorted(plan.layers.items())), name) for name, (_, plan) in plans().items()}
 
 
 Found = dict[str, dict[str, dict[str, dict[str, Any]]]]
@@ -179,7 +191,7 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=32)
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--backend", default="reference", help="of the cache; the reference compiles nothing")
-    parser.add_argument("--only", nargs="+", choices=list(plans()), metavar="PLAN", help="default: all presets and the ablations")
+    parser.add_argument("--only", nargs="+", choices=list(plans()), metavar="PLAN", help="default: all of them")
     parser.add_argument("--shard", default="0/1")
     parser.add_argument("--seconds", type=float, default=1e9)
     parser.add_argument("--result", type=Path, default=RESULT)

@@ -2,7 +2,7 @@
 
 from .ablation import ablation_scores
 from .mass import mass_scores
-from .sequences import Sequence, read_prompts, solve, text_sequences
+from .sequences import Sequence, clip_sequences, read_prompts, solve, text_sequences
 from .shuffled import random_scores
 
-__all__ = ["Sequence", "ablation_scores", "mass_scores", "random_scores", "read_prompts", "solve", "text_sequences"]
+__all__ = ["Sequence", "ablation_scores", "clip_sequences", "mass_scores", "random_scores", "read_prompts", "solve", "text_sequences"]

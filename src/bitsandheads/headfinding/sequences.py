@@ -1,18 +1,21 @@
 """What head scores are measured on: token sequences in two parts, as a cache meets them: a prompt, then tokens one by one."""
 
 import collections.abc
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import BitsAndHeadsError, PlanError
+from ..eval import clips
 from ..gates.attention import local_mask
 from ..gates.rollout import RolloutEngine
 from ..plan import Window
 from ..seam import layer_shapes
+from ..tasks import video
+from ..tasks.video import VideoSample
 
 
 class SequenceError(BitsAndHeadsError, ValueError):
@@ -21,16 +24,34 @@ class SequenceError(BitsAndHeadsError, ValueError):
 
 @dataclass(frozen=True)
 class Sequence:
-    """Token ids. The first `prompt` of them are the prompt; the others are what the model reads or wrote after it."""
+    """Token ids. The first `prompt` of them are the prompt; the others are what the model reads or wrote after it.
+
+    Attributes:
+        answer: index of the first token that the model has to predict; None: all after the prompt. With a later turn in `ids` the
+            question's own tokens, which nobody predicts, stand between both.
+        inputs: what else the model is given, by the names of its arguments, without the batch's axis: pixels of a video, for example.
+    """
 
     ids: tuple[int, ...]
     prompt: int
+    answer: int | None = None
+    inputs: Mapping[str, Tensor] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         if not 0 < self.prompt < len(self.ids):
             raise SequenceError(
                 f"A sequence of {len(self.ids)} tokens has a prompt of {self.prompt}; give at least one token to each part."
             )
+        if not self.prompt <= self.predicted < len(self.ids):
+            raise SequenceError(
+                f"A sequence of {len(self.ids)} tokens with a prompt of {self.prompt} has an answer that begins at {self.answer}; "
+                "it begins after the prompt and has at least one token."
+            )
+
+    @property
+    def predicted(self) -> int:
+        """Index of the first token that is predicted."""
+        return self.prompt if self.answer is None else self.answer
 
 
 @dataclass(frozen=True)
@@ -40,26 +61,29 @@ class Batch:
     Attributes:
         ids, real: int64 and bool [B, n].
         later: bool [B, n], the tokens after the prompt: their queries are the ones that a window would limit.
-        predicts: bool [B, n], the places whose logits predict a token after the prompt.
+        predicts: bool [B, n], the places whose logits predict a token of the answer.
+        inputs: what else the model is given, [B, ...].
     """
 
     ids: Tensor
     real: Tensor
     later: Tensor
     predicts: Tensor
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
 
     def repeat(self, times: int) -> "Batch":
         """All sequences, `times` times."""
-        return Batch(*(t.repeat(times, 1) for t in (self.ids, self.real, self.later, self.predicts)))
+        ids, real, later, predicts = (t.repeat(times, 1) for t in (self.ids, self.real, self.later, self.predicts))
+        return Batch(ids, real, later, predicts, {name: torch.cat([t] * times) for name, t in self.inputs.items()})
 
     def logits(self, model: Any) -> Tensor:
         """The model's logits [B, n, vocabulary], without a cache."""
         positions = (self.real.long().cumsum(1) - 1).clamp(min=0)
-        return model(self.ids, attention_mask=self.real.long(), position_ids=positions, use_cache=False).logits
+        return model(self.ids, attention_mask=self.real.long(), position_ids=positions, use_cache=False, **self.inputs).logits
 
 
 def batches(sequences: collections.abc.Sequence[Sequence], size: int, device: torch.device) -> Iterator[Batch]:
-    """The sequences in batches of at most `size`, the longest first."""
+    """The sequences in batches of at most `size`, the longest first. All bring the same inputs, of the same shapes."""
     rows = sorted(sequences, key=lambda s: -len(s.ids))
     for start in range(0, len(rows), size):
         part = rows[start : start + size]
@@ -68,8 +92,10 @@ def batches(sequences: collections.abc.Sequence[Sequence], size: int, device: to
         place = torch.arange(width)[None]
         begin = torch.tensor([[width - len(s.ids)] for s in part])
         later = place >= begin + torch.tensor([[s.prompt] for s in part])
-        predicts = torch.cat([later[:, 1:], torch.zeros_like(later[:, :1])], 1)
-        yield Batch(*(t.to(device) for t in (ids, place >= begin, later, predicts)))
+        predicts = place >= begin + torch.tensor([[s.predicted - 1] for s in part])
+        predicts[:, -1] = False
+        inputs = {name: torch.stack([s.inputs[name] for s in part]).to(device) for name in part[0].inputs}
+        yield Batch(ids.to(device), (place >= begin).to(device), later.to(device), predicts.to(device), inputs)
 
 
 def seen_locally(mask: Tensor, later: Tensor, window: Window) -> Tensor:
@@ -97,6 +123,27 @@ def text_sequences(ids: collections.abc.Sequence[int], length: int, prompt: int,
         raise SequenceError(f"The text has {len(ids)} tokens; a piece needs {length}. Give a longer text, or a smaller length.")
     starts = [round(i * (len(ids) - length) / max(count - 1, 1)) for i in range(count)]
     return [Sequence(tuple(ids[s : s + length]), prompt) for s in starts]
+
+
+def clip_sequences(
+    config: Any, tokenizer: Any, samples: collections.abc.Sequence[VideoSample], dtype: torch.dtype = torch.float32
+) -> list[Sequence]:
+    """Questions about generated clips with their right answers, for a tiny video model: `<user> clip question <assistant> answer <end>` is the
+    prompt, a further question follows, and its answer is what is predicted.
+
+    Args:
+        config: of the model. dtype: of the pixels, the model's own.
+    """
+    user, clip = tokenizer.convert_tokens_to_ids("<user>"), [config.video_token_id] * clips.video_tokens(config, samples[0].clip[1])
+    found = []
+    for s in samples:
+        question, answer = s.before
+        prompt = [user, *clip, *tokenizer(f"{question} <assistant> {answer} <end>").input_ids]
+        asked = [*prompt, *tokenizer(f"<user> {s.prompt} <assistant>").input_ids]
+        ids = (*asked, *tokenizer(f"{s.answer} <end>").input_ids)
+        pixels = clips.pixels(video.frames_of([s])[0]).to(dtype)
+        found.append(Sequence(ids, len(prompt), len(asked), {"pixel_values_videos": pixels}))
+    return found
 
 
 def read_prompts(model: Any, tokenizer: Any, source: str, count: int, chat: bool | None) -> tuple[list[list[int]], list[int]]:
