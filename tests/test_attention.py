@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from bitsandheads.ops import HeadSet, _in_parts, decode_attention
+from bitsandheads.ops import HeadSet, _in_parts, chunks, decode_attention
 from bitsandheads.ops.chunks import attend_chunk
+from bitsandheads.ops.long_chunks import attend_long_chunk, covers
 from bitsandheads.ops.reference import decode_attention as reference
 from bitsandheads.quant.codec import HalfCodec
 from bitsandheads.quant.spec import AxisClass, KVQuant, TensorQuant
@@ -191,6 +192,53 @@ def test_a_chunk_in_pieces_is_the_chunk(n: int, padded: bool) -> None:
     got = attend_chunk(q, sets, 0.2, hidden, "auto", most=8)
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
     assert torch.equal(attend_chunk(q, sets, 0.2, hidden, "auto"), want)  # the reference takes any size
+
+
+def long_sets(layer: str, alike: bool) -> list[HeadSet]:
+    """Sets of three sequences, all of one length or not, whose packed scores are raised."""
+    if layer == "waiting":  # quantized heads before their first tile
+        waiting = build("packed", (0, 1, 2), TAILS["packed"])[0]
+        waiting.tiles, waiting.key_basis, waiting.lengths[1] = None, {}, 0
+        sets = [waiting]
+    else:
+        sets = [build(kind, heads, TAILS[kind], window)[0] for kind, heads, window in LAYERS[layer]]
+    for s in sets:
+        noise = torch.rand(3, len(s.kv_heads), DIM)
+        for part in (s, *s.extra):
+            if part.tiles is not None and part.layout is not None:
+                keys = replace(part.layout.keys, spec=replace(PRINCIPAL, noise_correction=0.8))
+                part.layout, part.key_basis = replace(part.layout, keys=keys), part.key_basis | {"noise": noise}
+            if alike:
+                part.lengths = part.lengths.amax(1, keepdim=True).expand(-1, 3)
+    return sets
+
+
+@pytest.mark.parametrize("restored", [1, 2 * 9 * TILE * DIM, 1 << 23], ids=["tile by tile", "two tiles", "at once"])
+@pytest.mark.parametrize("alike", [True, False])
+@pytest.mark.parametrize("layer", [*LAYERS, "waiting"])
+def test_a_long_chunk_in_blocks_is_the_chunk(layer: str, alike: bool, restored: int) -> None:
+    torch.manual_seed(0)
+    sets = long_sets(layer, alike)
+    kv_heads = sum(len(s.kv_heads) for s in sets)
+    for group, n in ((1, 8), (4, 5), (7, 1)):
+        q = torch.randn(3, kv_heads * group, n, DIM, dtype=torch.float64)
+        got = attend_long_chunk(q, sets, 0.3, restored)
+        torch.testing.assert_close(got, reference(q, sets, 0.3)[0], atol=1e-6, rtol=1e-5)
+    assert not covers(q, "auto")
+
+
+def test_only_covered_chunks_go_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not those with padding, nor those of which a sink took the first tokens."""
+    asked: list[int] = []
+    monkeypatch.setattr(chunks, "covers", lambda q, backend: True)
+    monkeypatch.setattr(chunks, "attend_long_chunk", lambda q, *args: asked.append(q.shape[2]) or attend_long_chunk(q, *args))
+    sets = long_sets("window", alike=False)
+    for n, padded, in_blocks in ((9, False, True), (9, True, False), (10, False, False)):  # the shortest tail has 9 tokens
+        q, asked[:] = torch.randn(3, 6, n, DIM), []
+        hidden = torch.arange(n - 1, -1, -1).clamp(max=3).expand(3, -1) if padded else None
+        out = attend_chunk(q, sets, 0.3, hidden, "reference")
+        torch.testing.assert_close(out, reference(q, sets, 0.3, hidden)[0], atol=1e-5, rtol=1e-4)
+        assert asked == [n] * (not padded) and (attend_long_chunk(q, sets, 0.3) is not None) == (in_blocks or padded)
 
 
 @pytest.mark.parametrize("kind", ["packed", "salient", "whole"])

@@ -7,6 +7,7 @@ import tiny_models as tm
 import torch
 
 import bitsandheads as bh
+from bitsandheads.ops import long_chunks
 from bitsandheads.quant.spec import AxisClass, KVQuant, TensorQuant
 
 TWO = TensorQuant((AxisClass(2, 1.0, "minmax"),))
@@ -276,6 +277,21 @@ def test_a_chunk_never_sees_its_own_future() -> None:
         logits.append(model(torch.cat([second, torch.full((2, 4), last)], 1), past_key_values=cache).logits)
     torch.testing.assert_close(logits[0][:, :9], logits[1][:, :9], atol=1e-5, rtol=1e-5)
     assert not torch.equal(logits[0][:, 9:], logits[1][:, 9:])
+
+
+@pytest.mark.parametrize("lengths", [[90, 90], [90, 61, 3]], ids=str)
+def test_long_chunks_in_blocks_of_tiles(monkeypatch: pytest.MonkeyPatch, lengths: list[int]) -> None:
+    """The road of long chunks on a GPU gives the logits of the road of short ones: packed and windowed heads, prompts of different lengths."""
+    model, prompt = tm.make("llama"), tm.left_padded(lengths)
+    ids = torch.cat([prompt["input_ids"], tm.tokens(len(lengths), 100, seed=9)], 1)
+    mask = torch.cat([prompt["attention_mask"], torch.ones(len(lengths), 100, dtype=torch.long)], 1)
+    want, blocks = chunked(model, bh.CompressedCache(MIXED, model), ids, mask, 38), []
+    monkeypatch.setattr("bitsandheads.ops.chunks.covers", lambda q, backend: q.shape[2] > 1)
+    attend_block = long_chunks.attend_block
+    monkeypatch.setattr(long_chunks, "attend_block", lambda *args, **kwargs: blocks.append(args[1].shape) or attend_block(*args, **kwargs))
+    got = chunked(model, bh.CompressedCache(MIXED, model), ids, mask, 38)
+    torch.testing.assert_close(got[mask.bool()], want[mask.bool()], atol=1e-3, rtol=1e-3)
+    assert len(blocks) > 12
 
 
 # -- windowed heads ---------------------------------------------------------------------------------------------------------------

@@ -47,16 +47,16 @@ def read_mask(mask: Tensor | None, n: int) -> ChunkMask:
     if mask is None or (n == 1 and mask.is_cuda and torch.cuda.is_current_stream_capturing()):
         return ChunkMask(None, None)
     if mask.ndim == 2:
-        seen = mask[:, -n:].bool().cpu()
-        valid, visible = seen, None
+        valid = mask[:, -n:].bool().cpu()
+        if bool(valid.all()):
+            return ChunkMask(None, None)
+        count = valid.cumsum(1)
     else:
-        part = mask[:, 0, -n:, -n:]
-        part = (part if part.dtype == torch.bool else part > torch.finfo(part.dtype).min / 2).cpu()
-        valid, visible = part[:, -1], part
-    if bool(valid.all()) and visible is None:
-        return ChunkMask(None, None)
+        visible = mask[:, 0, -n:, -n:]
+        visible = visible if visible.dtype == torch.bool else visible > torch.finfo(visible.dtype).min / 2
+        count = (visible & visible[:, -1:]).sum(-1).cpu()  # where the mask is: that of a long chunk is large
+        valid = visible[:, -1].cpu()
     total = valid.sum(1, keepdim=True)
-    count = valid.cumsum(1) if visible is None else (visible & valid[:, None]).sum(-1)
     hidden = torch.where(valid, total - count, torch.zeros_like(total))
     causal = torch.arange(n - 1, -1, -1)
     if bool(valid.all()):

@@ -55,7 +55,7 @@ def test_logits_equal_the_reference_backend(plan, head_dim: int) -> None:
     ids = torch.randint(0, 512, (2, 1500), generator=generator).cuda()
     mask = torch.ones_like(ids)
     mask[1, :333] = 0
-    steps = [1] * 20 + [4, 8, 200] + [1] * 10
+    steps = [1] * 20 + [4, 8, 50, 300] + [1] * 10
     got, want = run(m, plan, "auto", ids, mask, steps), run(m, plan, "reference", ids, mask, steps)
     assert ((got - want).norm() / want.norm()).item() < 0.03  # bf16 activations of three layers
 

@@ -5,7 +5,8 @@ import torch
 from real_caches import real_caches
 
 from bitsandheads.methods import get_plan
-from bitsandheads.ops import backends, decode_attention, reference
+from bitsandheads.ops import backends, decode_attention, long_chunks, reference
+from bitsandheads.ops.chunks import attend_chunk
 from bitsandheads.ops.synthetic import head_set
 from bitsandheads.quant.spec import AxisClass, KVQuant, TensorQuant
 
@@ -154,3 +155,59 @@ def test_long_heads_beside_windows(backend: str) -> None:
     tiles = [700] * 6 + [2, 5]
     window = head_set(None, 128, (1,), [4] * 8, [0] * 8, [200] * 8, window=192)
     check(backend, [head_set(BALANCED, 128, (0,), [6] * 8, tiles, [192] * 8), window], 14)
+
+
+def check_long(sets, q_heads: int, n: int, dim: int = 128, dtype=torch.bfloat16) -> None:
+    """A chunk of n new tokens in blocks of tiles, of the usual size and of a few tiles. Turned queries, keys, values and the result are rounded."""
+    batch = sets[0].tail_k.shape[0]
+    q = torch.randn(batch, n, q_heads, dim, device="cuda").to(dtype).transpose(1, 2)
+    assert long_chunks.covers(q, "auto")
+    want, _ = reference.decode_attention(q.double(), sets, dim**-0.5, None, torch.float64)
+    rounded = ((want.to(dtype).double() - want).norm() / want.norm()).item()
+    for out in (attend_chunk(q, sets, dim**-0.5, None, "auto"), long_chunks.attend_long_chunk(q, sets, dim**-0.5, restored=1 << 19)):
+        assert out is not None and out.dtype is dtype
+        error = ((out.double() - want).norm() / want.norm()).item()
+        assert error < 4 * rounded, (error, rounded)
+        assert (out.double() - want).abs().max() < 0.05 * want.abs().max()
+
+
+@pytest.mark.parametrize("n", [300, 1000])
+@pytest.mark.parametrize("case", ["alike", "lengths differ", "half", "all kinds"])
+def test_long_chunks(case: str, n: int) -> None:
+    window = head_set(None, 128, (1,), [16, 16], [0, 0], [n + 64, n + 90], window=64)
+    sets = {
+        "alike": [head_set(BALANCED, 128, (0, 1), [6, 6], [40, 40], [n + 140] * 2)],
+        "lengths differ": [head_set(BALANCED, 128, (0, 1), [6, 0], [40, 7], [n + 140, n])],
+        "half": [head_set(None, 128, (0,), [0, 0], [0, 0], [4000, n]), window],
+        "all kinds": [
+            head_set(BALANCED, 128, (3, 0), [6, 6], [1, 0], [n + 255, n + 1]),
+            window,
+            head_set(None, 128, (2,), [0, 0], [0, 0], [n + 500] * 2),
+        ],
+    }[case]
+    check_long(sets, 7 * sum(len(s.kv_heads) for s in sets), n)
+
+
+@pytest.mark.parametrize("group", [1, 4])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dim", [64, 80, 256])
+def test_long_chunks_of_other_shapes(dim: int, dtype: torch.dtype, group: int) -> None:
+    check_long([head_set(BALANCED, dim, (0, 1), [6, 5], [9, 3], [400, 301], dtype)], 2 * group, 300, dim, dtype)
+    for size in (1, 5, 400):  # windows of one token, of some, and longer than the tail
+        check_long([head_set(None, dim, (0, 1), [2, 0], [0, 0], [310, 330], dtype, window=size)], 2 * group, 300, dim, dtype)
+
+
+@pytest.mark.parametrize(
+    "quant", [MINMAX, FINE, SMALL, get_plan("kivi-2").groups[0].quant], ids=["minmax", "fine", "small tiles", "kivi-2"]
+)
+def test_long_chunks_of_other_layouts(quant: KVQuant) -> None:
+    check_long([head_set(quant, 128, (0, 1), [32, 0], [9, 3], [440, 307])], 8, 300)
+
+
+def test_a_long_chunk_never_restores_the_whole_history() -> None:
+    s = head_set(BALANCED, 128, (0, 1, 2, 3), [6], [2048], [400])
+    q = torch.randn(1, 28, 256, 128, device="cuda", dtype=torch.bfloat16)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    attend_chunk(q, [s], 0.1, None, "auto")
+    assert torch.cuda.max_memory_allocated() - before < 2 * 2 * 4 * 2048 * 128 * 128  # keys and values in bf16

@@ -1,6 +1,7 @@
 """Attention of a chunk of new tokens: pieces of a few sizes, so that a turn of any length finds its kernels compiled.
 
-The kernels read the packed tiles themselves and are compiled for a number of queries. Shape letters as in ops.
+The kernels read the packed tiles themselves and are compiled for a number of queries. Long chunks go through blocks of restored tiles
+instead, where `long_chunks` covers them. Shape letters as in ops.
 """
 
 import torch
@@ -9,6 +10,7 @@ from torch.nn.functional import pad
 
 from . import decode_attention, resolve_backend
 from .heads import HeadSet
+from .long_chunks import attend_long_chunk, covers
 
 MOST = 64  # queries of a piece
 
@@ -24,6 +26,8 @@ def attend_chunk(q: Tensor, sets: list[HeadSet], scale: float, hidden: Tensor | 
         [B, Hq, Q, D].
     """
     n = q.shape[2]
+    if hidden is None and most is None and covers(q, backend) and (out := attend_long_chunk(q, sets, scale)) is not None:
+        return out
     if most is None:
         most = n if resolve_backend(backend, q.device) == "reference" else MOST
     if n == 1 or (n == most and hidden is None):

@@ -174,15 +174,17 @@ class HalfCodec:
             return q @ basis["axes"].float(), constant
         return self.encode(q, basis), torch.zeros_like(q[..., 0])
 
-    def correction(self, q: Tensor, basis: Basis, scale: float) -> Tensor:
+    def correction(self, q: Tensor, basis: Basis, scale: float, turned: Tensor | None = None) -> Tensor:
         """What packed scores are raised by (TensorQuant.noise_correction): float32 [B, H, Q] for queries q [B, H, Q, D].
 
+        turned: the same queries over the axes, as `query` gives them, where they are at hand.
         E[exp(s + e)] = exp(s + var(e) / 2) for a normal error e of the score s = scale * q . k (log-normal mean).
         """
         share = self.layout.spec.noise_correction
         if not share:
             return torch.zeros(q.shape[:-1], device=q.device)
-        turned = self.query(q.float(), basis)[0]
+        if turned is None:
+            turned = self.query(q.float(), basis)[0]
         return 0.5 * share * scale**2 * (turned.square() @ basis["noise"][..., None]).squeeze(-1)
 
     def _rotation(self, like: Tensor) -> Tensor:

@@ -70,8 +70,8 @@ def _from_words(words: Tensor, bits: int, tokens: int) -> Tensor:
     """words int16 [..., C, 16 rows] -> codes uint8 [..., slots, tokens]."""
     *lead, columns, _ = words.shape
     e = slots_per_word(bits, tokens)
-    shifts = _shifts(bits, tokens, words.device)[:, None, :, None]
-    codes = (words.to(torch.int32)[..., None, :, None, :] >> shifts) & ((1 << bits) - 1)
+    shifts = _shifts(bits, tokens, words.device)[:, None, :, None].to(torch.int16)
+    codes = (words[..., None, :, None, :] >> shifts) & ((1 << bits) - 1)  # the mask takes the sign's copies away
     return codes.to(torch.uint8).reshape(*lead, e * columns, tokens)
 
 
