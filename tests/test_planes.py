@@ -67,12 +67,21 @@ def test_two_bit_word_is_a_subnormal_fp16() -> None:
 def test_trits_round_trip(slots: int, tokens: int, seed: int) -> None:
     x = codes(slots, tokens, 2, seed)
     data = planes.pack_trits(x)
-    assert data.shape == (2, planes.trit_bytes(slots, tokens)) and planes.trit_bytes(slots, tokens) == math.ceil(slots * tokens / 5)
+    per_word = planes.slots_per_word(2, tokens)
+    whole = -(-slots // per_word) * per_word
+    assert data.shape == (2, planes.trit_bytes(slots, tokens)) and planes.trit_bytes(slots, tokens) == math.ceil(whole * tokens / 5)
     assert torch.equal(planes.unpack_trits(data, slots, tokens), x)
     assert int(data.max()) <= 242
 
 
-def test_trit_positions() -> None:
-    """Five to a byte in base 3, in the order [token, slot]."""
-    x = torch.tensor([[1, 0], [2, 1], [0, 2]], dtype=torch.uint8)  # slots x tokens: the order is 1 2 0 | 0 1 2
-    assert planes.pack_trits(x).tolist() == [1 + 2 * 3 + 0 * 9 + 0 * 27 + 1 * 81, 2]
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_trit_bytes_make_the_words_of_a_two_bit_plane(tokens: int) -> None:
+    """The promise to the kernels: eight bytes are five words, by sums of quotients."""
+    x = codes(40, tokens, 2, lead=())
+    words = planes.pack_value_plane(x, 2).view(torch.int16).int() & 0xFFFF
+    b = planes.pack_trits(x).long()
+    bits = b + b // 3 + 4 * (b // 9) + 16 * (b // 27) + 64 * (b // 81)
+    for five, eight in zip(words.split(5), bits.split(8), strict=True):
+        stream = sum(int(ten) << 10 * i for i, ten in enumerate(eight))
+        assert [stream >> 16 * i & 0xFFFF for i in range(5)][: len(five)] == five.tolist()
+

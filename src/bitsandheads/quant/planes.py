@@ -15,7 +15,9 @@ one of E too, except for one-bit planes of 16-token tiles, where E = 16: there u
     key plane    int16 [C / W, 16 rows i, W]     W = gcd(C, 32): one lane reads 8 neighbouring slots in 16 bytes
     value plane  int16 [C, 16 columns i]
 
-Trits (codes 0, 1, 2) are packed five to a byte in base 3, in the order [token, slot]: 1.6 bits for each element.
+Trits (codes 0, 1, 2) are the codes of the words of a two-bit value plane, in order (of the words, and of the bits of a word), five to a byte in base 3:
+1.6 bits for each element. The 40 codes of five words fill eight bytes, so a kernel makes words of bytes without a look at what is beside them:
+with q_n = byte // 3^n the five codes are the bits of byte + q_1 + 4 q_2 + 16 q_3 + 64 q_4.
 """
 
 import math
@@ -44,8 +46,9 @@ def plane_bytes(slots: int, bits: int, tokens: int) -> int:
 
 
 def trit_bytes(slots: int, tokens: int) -> int:
-    """Bytes of a trit plane: five trits a byte, the last byte filled up."""
-    return -(-slots * tokens // TRITS_PER_BYTE)
+    """Bytes of a trit plane: five trits a byte, slots rounded up to whole words, the last byte filled up."""
+    words = ROWS * -(-slots // slots_per_word(2, tokens))
+    return -(-words * (WORD_BITS // 2) // TRITS_PER_BYTE)
 
 
 def _shifts(bits: int, tokens: int, device: torch.device) -> Tensor:
@@ -118,8 +121,10 @@ def unpack_value_plane(data: Tensor, bits: int, tokens: int) -> Tensor:
 
 
 def pack_trits(codes: Tensor) -> Tensor:
-    """Pack ternary codes 0, 1, 2: [..., slots, tokens] -> uint8 [..., trit_bytes]; the order is [token, slot]."""
-    flat = codes.transpose(-1, -2).flatten(-2).to(torch.uint8)
+    """Pack ternary codes 0, 1, 2: [..., slots, tokens] -> uint8 [..., trit_bytes]."""
+    e, f = slots_per_word(2, codes.shape[-1]), fields(codes.shape[-1])
+    codes = torch.nn.functional.pad(codes, (0, 0, 0, -codes.shape[-2] % e)).to(torch.uint8)
+    flat = codes.unflatten(-1, (f, ROWS)).unflatten(-3, (e, -1)).movedim(-4, -1).transpose(-2, -3).flatten(-4)  # [..., C, row, f, e]
     flat = torch.nn.functional.pad(flat, (0, -flat.shape[-1] % TRITS_PER_BYTE)).unflatten(-1, (-1, TRITS_PER_BYTE))
     weights = torch.tensor([1, 3, 9, 27, 81], dtype=torch.uint8, device=codes.device)
     return (flat * weights).sum(-1, dtype=torch.uint8)
@@ -127,6 +132,9 @@ def pack_trits(codes: Tensor) -> Tensor:
 
 def unpack_trits(data: Tensor, slots: int, tokens: int) -> Tensor:
     """Inverse of `pack_trits`: uint8 [..., trit_bytes] -> codes uint8 [..., slots, tokens]."""
+    e, f = slots_per_word(2, tokens), fields(tokens)
+    columns = -(-slots // e)
     weights = torch.tensor([1, 3, 9, 27, 81], dtype=torch.uint8, device=data.device)
-    flat = (data[..., None] // weights % 3).flatten(-2)[..., : slots * tokens]
-    return flat.unflatten(-1, (tokens, slots)).transpose(-1, -2)
+    flat = (data[..., None] // weights % 3).flatten(-2)[..., : columns * e * tokens]
+    codes = flat.unflatten(-1, (columns, ROWS, f, e)).transpose(-2, -3).movedim(-1, -4)  # [..., e, C, f, row]
+    return codes.flatten(-2).flatten(-3, -2)[..., :slots, :]
