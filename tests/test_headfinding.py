@@ -1,14 +1,19 @@
 """Cheap head scores: attention mass, output error and random scores, against their definitions written out."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 import tiny_models as tm
 import torch
+import transformers
 
 import bitsandheads as bh
 from bitsandheads import Window
-from bitsandheads.headfinding import Sequence, ablation_scores, mass, mass_scores, random_scores, solve, text_sequences
+from bitsandheads.headfinding import Sequence, ablation_scores, clip_sequences, mass, mass_scores, random_scores, solve, text_sequences
 from bitsandheads.headfinding.sequences import SequenceError
+from bitsandheads.tasks import video
 
 WINDOW = Window(2, 5)
 
@@ -47,12 +52,12 @@ def test_mass_is_the_attention_beyond_the_window(name: str, elements: int, monke
 
 
 def step_by_step(model, s: Sequence, plan) -> torch.Tensor:
-    """Log-probabilities of the tokens after the prompt, through a real cache of the plan, one token at a time."""
+    """Log-probabilities of the tokens that are predicted, through a real cache of the plan, one token at a time."""
     cache = bh.CompressedCache(plan, model)
-    ids = torch.tensor([s.ids])
-    logits = [model(ids[:, : s.prompt], past_key_values=cache, logits_to_keep=1).logits[0]]
+    ids, inputs = torch.tensor([s.ids]), {name: x[None] for name, x in s.inputs.items()}
+    logits = [model(ids[:, : s.prompt], past_key_values=cache, logits_to_keep=1, **inputs).logits[0]]
     logits += [model(ids[:, i : i + 1], past_key_values=cache).logits[0] for i in range(s.prompt, len(s.ids) - 1)]
-    return torch.cat(logits).log_softmax(-1)
+    return torch.cat(logits)[s.predicted - s.prompt :].log_softmax(-1)
 
 
 @torch.no_grad()
@@ -82,6 +87,31 @@ def test_a_head_without_an_effect_scores_zero() -> None:
     assert values[1, 1] == pytest.approx(0, abs=1e-12) and (np.delete(values.ravel(), 3) > 1e-4).all()
 
 
+@torch.no_grad()
+def test_ablation_on_questions_about_clips() -> None:
+    """Two clips of a model that sees, padded to one length; a later turn asks, and only its answer counts."""
+    folder = Path(__file__).parents[1] / "models" / "tiny-video"
+    model = transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float64).eval()
+    bh.enable(model)
+    samples = sorted(video.samples(6, "train", 8, per_clip=1), key=lambda s: len(s.prompt.split()))[::5]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    sequences = clip_sequences(model.config, tokenizer, samples, torch.float64)
+    for s, sample in zip(sequences, samples, strict=True):
+        assert tokenizer.decode(s.ids[s.predicted :]) == f"{sample.answer} <end>"
+        assert tokenizer.decode(s.ids[s.prompt : s.predicted]).startswith("<user> ")
+    assert len({len(s.ids) for s in sequences}) == 2
+    got = ablation_scores(model, sequences, WINDOW)
+    full = torch.cat([step_by_step(model, s, "bf16") for s in sequences])
+    assert len(full) == 4
+    order = got.values.ravel().argsort()[::-1]
+    for layer, head in (divmod(int(i), 2) for i in order[:2]):
+        scores = np.ones((6, 2))
+        scores[layer, head] = 0
+        windowed = torch.cat([step_by_step(model, s, bh.rlkv(bh.HeadScores(scores), 1 / 12, WINDOW)) for s in sequences])
+        kl = (full.exp() * (full - windowed)).sum(-1).mean()
+        assert got.values[layer, head] == pytest.approx(float(kl), rel=1e-4, abs=2e-7) and kl > 4e-6
+
+
 def test_random_scores_are_the_seeds() -> None:
     model = tm.make("qwen3")
     a, b = random_scores(model, 1), random_scores(model.config, 1)
@@ -108,6 +138,8 @@ def test_pieces_of_a_text() -> None:
         text_sequences(range(10), 20, 8, 3)
     with pytest.raises(SequenceError, match="at least one token"):
         text_sequences(range(100), 20, 20, 1)
+    with pytest.raises(SequenceError, match="begins after the prompt"):
+        replace(pieces[0], answer=20)
 
 
 @pytest.mark.parametrize("find", [mass_scores, ablation_scores])
