@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
@@ -139,6 +140,9 @@ def everything(tmp_path):
                   for p, b in (("bf16", 16.0), ("balanced", 1.7)) for k in ("all", "motion")],
         "decode": [dict(plan="balanced", backend="cuda", model="M", batch=8, context=c, us=5.0, best_bf16_us=9.0, speedup=1.8)
                    for c in (1024, 2048)] + [dict(plan="balanced", backend="cuda", model="M", batch=8, context=1, us=5.0, best_bf16_us=None, speedup=None)],
+        "whole": [dict(point=f"{p} {b}", model="L", plan=p, batch=b, context=8192, ms_per_step=m, ms_low=m, ms_high=m, tokens_per_s=1e3 * b / m)
+                  for p, b, m in (("bf16", 1, 8.0), ("balanced", 1, 4.0), ("bf16", 8, 9.0), *((f"vidkv-{i}", 8, 1.0 + i) for i in range(8)))]
+                  + [dict(point="none", model="L", plan="balanced", batch=8, context=8192, error="OutOfMemoryError: none")],
         "unheard-of": [dict(colour="green", weight=3, nested=[1])],
     }  # fmt: skip
     for name, rows in files.items():
@@ -172,7 +176,7 @@ def test_one_page_from_everything(everything, tmp_path):
     ):
         assert part in said, part
     assert {s.removeprefix("#") for s in checker.links} == {
-        "answers", "fidelity", "needles", "sparsity", "video", "memory", "heads", "speed", "results", "runs",
+        "answers", "fidelity", "needles", "sparsity", "video", "memory", "heads", "speed", "steps", "results", "runs",
     }  # fmt: skip
 
 
@@ -192,6 +196,22 @@ def test_what_the_sections_hold(everything):
     lines = found["sparsity"].figures[0].series
     assert [[(p.x, p.y) for p in s.points] for s in lines] == [[(0.2, 0.8), (0.5, 0.5)]] * 2
     assert len(found["speed"].figures[0].series[0].points) == 2 and len(found["speed"].tables[0].rows) == 3
+
+
+def test_steps_of_whole_models(everything):
+    """Plans of several places side by side, places with many plans as bars, a table for each model; what does not fit has its reason."""
+    (section,) = (s for s in content.sections(read(everything)) if s.name == "steps")
+    times, bars = section.figures
+    assert (times.rows, times.columns) == (("batch 1, 8k", "batch 8, 8k"), ("bf16", "balanced"))
+    assert times.values == ((1.0, 2.0), (1.0, None))
+    assert [b.name for b in bars.bars] == [*(f"vidkv-{i}" for i in range(8)), "bf16"]
+    (table,) = section.tables
+    rows = {(r["plan"], r["batch"]): r for r in (dict(zip(table.columns, row, strict=True)) for row in table.rows)}
+    assert len(rows) == 12 and rows["balanced", 1]["times bf16"] == 2.0 and rows["vidkv-2", 8]["tokens/s"] == pytest.approx(8e3 / 3)
+    assert rows["balanced", 8]["ms per step"] is None and rows["balanced", 8]["note"].startswith("OutOfMemory")
+    long = replace(times, columns=("bf16", "balanced with a long name+another plan"))
+    texts = [e.text for e in ElementTree.fromstring(svg.draw(long)).iter("text")]
+    assert "1" in texts and {"bf16", "name+", "another"} <= set(texts)
 
 
 def test_runs_that_differ_in_their_plans_are_one(tmp_path):

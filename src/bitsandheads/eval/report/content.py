@@ -9,20 +9,19 @@ from .figures import Axis, Bar, Bars, Chart, Figure, Grid, Point, Section, Serie
 from .sources import File, Run, Sources
 
 Row = Mapping[str, Any]
-FAMILIES = ("full precision", "KIVI", "VidKV", "transform coding", "fewer heads", "both at once")
+FAMILIES = ("full precision", "KIVI", "VidKV", "transform coding", "fewer heads", "both at once", "transformers' own")
 KEPT = 0.5  # share of the heads that maps mark
 NEEDLE = "needle"
+MANY = 8  # plans of one place that get bars of their own
 LONGEST = 80  # letters of a text in a table of plain results
 
 
 def family(plan: str) -> int:
     """Index of the plan's family in FAMILIES, and its colour."""
-    if "rlkv:" in plan:
-        return 5 if "+rlkv:" in plan else 4
-    for i, start in enumerate((BASE, "kivi", "vidkv")):
-        if plan.startswith(start):
-            return i
-    return 3
+    if "rlkv" in plan:
+        return 5 if "+rlkv" in plan else 4
+    starts = {BASE: 0, "kivi": 1, "vidkv": 2, "hf-": 6}
+    return next((i for start, i in starts.items() if plan.startswith(start)), 3)
 
 
 def percent(value: float) -> str:
@@ -45,7 +44,7 @@ def by_family(rows: Iterable[Row], point: Callable[[Row], Point]) -> tuple[Serie
 
 def sections(sources: Sources) -> list[Section]:
     """All sections that have something to show, in the order of the page."""
-    makers = (answers, fidelity, needles, sparsity, video, memory, head_maps, speed, other, runs)
+    makers = (answers, fidelity, needles, sparsity, video, memory, head_maps, speed, steps, other, runs)
     return [s for s in (make(sources) for make in makers) if s.figures or s.tables]
 
 
@@ -306,6 +305,66 @@ def speed(sources: Sources) -> Section:
         tables.append(_plain_table(file))
     note = "; ".join(f"{k} {v}" for file in sources.speed for k, v in file.about.items() if k in ("gpu", "torch", "date", "commit"))
     return Section("speed", "Speed of decode attention", note, tuple(figures), tuple(tables))
+
+
+def _place(r: Row) -> str:
+    """Where plans are compared: batch and context; each plan's own largest batch; steps that were compiled with tuning."""
+    batch = "largest batch" if r.get("largest") else f"batch {r['batch']}"
+    return f"{batch}, {r['context'] / 1024:g}k{', tuned' if r.get('tuned') else ''}"
+
+
+def _step_cells(r: Row, base: Row) -> tuple:
+    """A row of the table of steps; base: full precision at the same place."""
+    ms, rate = r.get("ms_per_step"), r.get("tokens_per_s")
+    times = rate / base["tokens_per_s"] if rate and base.get("tokens_per_s") else None
+    spread = f"{r['ms_low']:.2f} to {r['ms_high']:.2f}" if "ms_low" in r else ""
+    note = "the largest batch that fits" if r.get("largest") else "tuned" if r.get("tuned") else r.get("error", "")
+    sizes = (r[k] / 1e9 if r.get(k) is not None else None for k in ("cache_bytes", "peak_bytes"))
+    return (r["context"], r["batch"], r["plan"], ms, spread, rate, times, *sizes, note)
+
+
+def steps(sources: Sources) -> Section:
+    """Decode steps of whole models: for each model how much faster than full precision, and a table of its own."""
+    figures: list[Figure] = []
+    tables: list[Table] = []
+    columns = (
+        "context",
+        "batch",
+        "plan",
+        "ms per step",
+        "fastest and slowest",
+        "tokens/s",
+        f"times {BASE}",
+        "cache, GB",
+        "peak, GB",
+        "note",
+    )
+    formats = {"context": ",d", "ms per step": ".2f", "tokens/s": ",.0f", f"times {BASE}": ".2f", "cache, GB": ".2f", "peak, GB": ".1f"}
+    for file in sources.steps:
+        for (model,), rows in grouped(file.rows, ["model"]).items():
+            rows = sorted(rows, key=lambda r: (r["context"], bool(r.get("largest")), r["batch"], bool(r.get("tuned"))))
+            places = grouped([{**r, "place": _place(r)} for r in rows], ["place"])
+            base = {place: next((r for r in own if r["plan"] == BASE), {}) for (place,), own in places.items()}
+            cells = {(r["plan"], place): _step_cells(r, base[place]) for (place,), own in places.items() for r in own}
+            times = {at: dict(zip(columns, row, strict=True))[f"times {BASE}"] for at, row in cells.items()}
+            often = [p for p in dict.fromkeys(r["plan"] for r in rows) if sum(p == plan for plan, _ in times) > 1]
+            values = tuple(tuple(times.get((p, place)) for p in often) for place in base)
+            found = [v for row in values for v in row if v is not None]
+            if len(found) > len(base):
+                title = f"{model}: times as fast as {BASE}"
+                figures.append(Grid(title, "", tuple(base), tuple(often), "", "", values, min(0.0, *found), max(found)))
+            for (place,), own in places.items():
+                timed = sorted((r for r in own if "tokens_per_s" in r), key=lambda r: -r["tokens_per_s"])
+                if len(timed) > MANY:
+                    tip = "{plan}: {tokens_per_s:,.0f} tokens/s, {ms_per_step:.2f} ms per step"
+                    bars = (Bar(r["plan"], r["tokens_per_s"], family(r["plan"]), tip=tip.format_map(r)) for r in timed)
+                    figures.append(Bars(f"{model}, {place}", "", Axis("tokens/s"), tuple(bars)))
+            tables.append(Table(f"{model}, steps", "", columns, tuple(cells.values()), formats))
+        for key, title in (("longest", "longest context of one sequence"), ("prefill", "whole prompts")):
+            if file.about.get(key):
+                tables.append(_plain_table(File(f"{file.name}, {title}", {}, file.about[key])))
+    note = "; ".join(f"{k} {v}" for file in sources.steps for k, v in file.about.get("environment", {}).items())
+    return Section("steps", "Speed of whole models", note, tuple(figures), tuple(tables))
 
 
 # -- the rest -----------------------------------------------------------------------------------------------------------------

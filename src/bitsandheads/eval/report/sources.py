@@ -44,13 +44,14 @@ class File:
 
 @dataclass
 class Sources:
-    """Everything that was given, by kind. sparsity, video, speed, fidelity: see `KINDS`; other: rows of another kind."""
+    """Everything that was given, by kind. sparsity, video, speed, steps, fidelity: see `KINDS`; other: rows of another kind."""
 
     runs: list[Run] = field(default_factory=list)
     scores: list[tuple[str, HeadScores]] = field(default_factory=list)
     sparsity: list[File] = field(default_factory=list)
     video: list[File] = field(default_factory=list)
     speed: list[File] = field(default_factory=list)
+    steps: list[File] = field(default_factory=list)
     fidelity: list[File] = field(default_factory=list)
     other: list[File] = field(default_factory=list)
 
@@ -59,6 +60,7 @@ KINDS = {  # fields that tell what rows are
     "sparsity": {"scores", "sparsity", "bytes_saved", "n", "accuracy", "low", "high"},
     "video": {"plan", "kind", "n", "accuracy", "low", "high", "bits_per_element"},
     "speed": {"plan", "backend", "model", "batch", "context", "us", "best_bf16_us", "speedup"},
+    "steps": {"point", "plan", "model", "batch", "context"},
     "fidelity": {"plan", "context", "kl", "kl_low", "kl_high", "perplexity", "bits_per_element"},
 }
 

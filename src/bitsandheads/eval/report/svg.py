@@ -167,7 +167,7 @@ def bars(b: Bars) -> str:
 
 
 def grid(g: Grid) -> str:
-    """Cells whose colour runs from --low to --high; the number stands within where there is room."""
+    """Cells whose colour runs from --low to --high; the number stands within where there is room. Long names of columns break at "+" and spaces."""
     left = (32 if g.row_name else 14) + LETTER * max(len(r) for r in g.rows)
     wide = (WIDTH - left - RIGHT) / len(g.columns)
     tall = min(24.0, max(wide, 14.0))
@@ -180,7 +180,7 @@ def grid(g: Grid) -> str:
             if value is None:
                 continue
             share = min(max((value - g.low) / (g.high - g.low), 0), 1)
-            tip = f"{g.row_name} {g.rows[i]}, {g.column_name} {g.columns[j]}: {g.text(value)}"
+            tip = " ".join(f"{g.row_name} {g.rows[i]}, {g.column_name} {g.columns[j]}: {g.text(value)}".split())
             marked = bool(g.marked) and g.marked[i][j]
             out.append(
                 _element(
@@ -196,12 +196,14 @@ def grid(g: Grid) -> str:
                     data_tip=tip + (", kept" if marked else ""),
                 )
             )
-            if wide >= 34 and g.percent:
+            if wide >= 34 and LETTER * len(g.text(value)) < wide - 2:
                 ink = "deep" if share > 0.55 else "pale"
                 out.append(_text(left + wide * (j + 0.5), y + tall / 2 + 4, g.text(value), class_=f"value {ink}"))
     every = -(-len(g.columns) // max(1, int((WIDTH - left) / 34)))
     for j in range(0, len(g.columns), every):
-        out.append(_text(left + wide * (j + 0.5), height - BOTTOM + 14, g.columns[j], class_="tick"))
+        fits = g.column_name or LETTER * len(g.columns[j]) < wide
+        for n, part in enumerate([g.columns[j]] if fits else g.columns[j].replace("+", "+ ").split()):
+            out.append(_text(left + wide * (j + 0.5), height - BOTTOM + 14 + 12 * n, part, class_="tick"))
     out.append(_text((left + WIDTH) / 2, height - 8, g.column_name, class_="name"))
     out.append(_text(12, (TOP + height - BOTTOM) / 2, g.row_name, class_="name", transform=f"rotate(-90 12 {(TOP + height - BOTTOM) / 2})"))
     return _picture(WIDTH, height, out, g.title)
