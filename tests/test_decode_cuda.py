@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,6 +29,11 @@ EXTREME = get_plan("extreme").groups[0].quant
 FINE = KVQuant(
     TensorQuant((AxisClass(4, 1.0),), transform="hadamard"), TensorQuant((AxisClass(3, 0.5), AxisClass(1, 0.5))), tile=64, group_size=32
 )
+TERNARY = get_plan("vidkv-1.5/1.58").groups[0].quant
+MIXED = KVQuant(  # ternary axes between others, a group for each tile of 64 tokens, fp8 steps
+    TensorQuant((AxisClass(2, 1.0),)), TensorQuant((AxisClass(2, 0.25), AxisClass("ternary", 0.5, levels="ternary", centre=False), AxisClass(1, 0.25))),
+    tile=64, group_size=64, metadata="fp8",
+)  # fmt: skip
 SMALL = KVQuant(TensorQuant((AxisClass(2, 1.0),)), TensorQuant((AxisClass(2, 1.0),)), tile=32, group_size=32, metadata="fp8")
 
 
@@ -115,11 +121,22 @@ def test_windows_and_query_tokens(emulate, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize(
-    ("quant", "dtype"), [(EXTREME, torch.bfloat16), (FINE, torch.bfloat16), (SMALL, torch.float16)], ids=["extreme", "fine", "small"]
+    ("quant", "dtype"),
+    [(EXTREME, torch.bfloat16), (FINE, torch.bfloat16), (SMALL, torch.float16), (TERNARY, torch.bfloat16), (MIXED, torch.bfloat16)],
+    ids=["extreme", "fine", "small", "ternary", "mixed"],
 )
 def test_layouts(emulate, quant: KVQuant, dtype: torch.dtype) -> None:
     emulate(3)
     check([heads(quant, 128, (0,), [3, 0], [5, 2], [20, 7], dtype=dtype)], 4, dtype=dtype)
+
+
+def test_salient_tokens(emulate) -> None:
+    """Tiles whose values have other codes beside ternary ones; one sequence has none, a windowed head never."""
+    emulate(4)
+    one = heads(TERNARY, 128, (0, 2), [3, 0], [5, 2], [20, 7])
+    better = replace(TERNARY, values=replace(TERNARY.values, classes=(AxisClass(2, 1.0),)))
+    one.extra = (heads(better, 128, (0, 2), [0, 0], [2, 0], [0, 0], seed=1),)
+    check([one, heads(None, 128, (1,), [4, 4], [0, 0], [40, 50], window=30)], 12)
 
 
 def test_without_tiles(emulate) -> None:

@@ -84,4 +84,3 @@ def test_trit_bytes_make_the_words_of_a_two_bit_plane(tokens: int) -> None:
     for five, eight in zip(words.split(5), bits.split(8), strict=True):
         stream = sum(int(ten) << 10 * i for i, ten in enumerate(eight))
         assert [stream >> 16 * i & 0xFFFF for i in range(5)][: len(five)] == five.tolist()
-

@@ -53,6 +53,7 @@ inline uint2 lds64(u32 a) { return shared<uint2>(a); }
 inline u32 lds32(u32 a) { return shared<u32>(a); }
 inline u16 lds16(u32 a) { return shared<u16>(a); }
 inline float lds_float(u32 a) { return shared<float>(a); }
+inline void sts32(u32 a, u32 x) { shared<u32>(a) = x; }
 inline void sts128(u32 a, u32 x, u32 y, u32 z, u32 w) { shared<uint4>(a) = {x, y, z, w}; }
 inline uint4 ldg128(const void* a) { return __ldcg((const uint4*)a); }
 inline u32 word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }

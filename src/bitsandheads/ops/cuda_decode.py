@@ -11,7 +11,7 @@ import math
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -53,10 +53,11 @@ def unsupported(q: Tensor, sets: list[HeadSet]) -> str | None:
     if len(sets) > MAX_SETS or len(sets) * q.shape[0] > MAX_ENTRIES or any(len(s.kv_heads) > MAX_HEADS for s in sets):
         return f"{len(sets)} head sets of {q.shape[0]} sequences (at most {MAX_SETS} sets and {MAX_ENTRIES} of both together)"
     for s in sets:
-        if s.extra:
-            return "packed parts with other value codes (salient tokens)"
-        if s.layout is not None and (why := _unsupported_layout(s.layout)):
-            return why
+        if len(s.extra) > 1:
+            return f"{len(s.extra)} packed parts with other value codes (one)"
+        for part in (s, *s.extra):
+            if part.layout is not None and (why := _unsupported_layout(part.layout)):
+                return why
         for name, t in (("sink", s.sink_k), ("sink", s.sink_v), ("tail", s.tail_k), ("tail", s.tail_v)):
             if t is not None and (t.dtype != q.dtype or t.stride(-1) != 1 or t.stride(-2) != dim or any(x % 8 for x in t.stride()[:2])):
                 return f"a {name} of dtype {t.dtype} and strides {t.stride()} (the query's dtype, rows of D elements)"
@@ -68,15 +69,17 @@ def _unsupported_layout(layout: TileLayout) -> str | None:
     for half in (layout.keys, layout.values):
         if half.spec.per == "token":
             return f'{half.kind} with per="token"'
-        if half.trit_axes[1]:
-            return f"{half.kind} as trits"
+        if half.trit_axes[1] and half.kind == "keys":
+            return "keys as trits"
         if half.tokens not in (32, 64, 128):
             return f"tiles of {half.tokens} tokens (32, 64 or 128)"
-        if half.plane_slots(2) + half.plane_slots(1) == 0:
+        if half.plane_slots(2) + half.plane_slots(1) + half.trit_axes[1] == 0:
             return f"{half.kind} without codes"
         for bits in (1, 2):
             if half.plane_slots(bits) % (_slots_per_word(half, bits) * RUN):
                 return f"{half.kind} with {half.plane_slots(bits)} slots of {bits} bits (a multiple of {_slots_per_word(half, bits) * RUN})"
+        if half.trit_axes[1] % (_slots_per_word(half, 2) * RUN):
+            return f"{half.kind} with {half.trit_axes[1]} ternary axes (a multiple of {_slots_per_word(half, 2) * RUN})"
     if _shape(layout)[1] == 0:
         return f"tiles of {layout.nbytes} bytes"
     return None
@@ -116,10 +119,11 @@ def _basis_flags(half: HalfLayout | None) -> str:
 
 def _namespace(half: HalfLayout, base: int, tables: list[str]) -> str:
     """What the source knows of a half that lies at byte `base` of the tile."""
-    constants = {name.upper(): base + half.sections[name][0] for name in ("two", "one", "steps", "centres", "factors")}
+    constants = {name.upper(): base + half.sections[name][0] for name in ("two", "one", "trits", "steps", "centres", "factors")}
     constants |= {"N_STEPS": half.counts[0], "N_CENTRES": half.counts[1]}
     for bits in (2, 1):
         constants |= {f"C{bits}": _columns(half, bits), f"E{bits}": _slots_per_word(half, bits)}
+    constants |= {"C3": half.trit_axes[1] // _slots_per_word(half, 2), "E3": _slots_per_word(half, 2)}
     numbers = "constexpr int " + ", ".join(f"{k} = {v}" for k, v in constants.items()) + ";"
     return "\n".join([f"namespace {half.kind} {{", numbers, _basis_flags(half), *tables, "}"])
 
@@ -151,7 +155,8 @@ def _key_constants(half: HalfLayout) -> tuple[dict[str, int], list[str]]:
 
 
 def _value_tables(half: HalfLayout) -> list[str]:
-    runs = [run for bits in (2, 1) for run in _slot_runs(half, bits)]
+    first, count = half.trit_axes
+    runs = [run for bits in (2, 1) for run in _slot_runs(half, bits)] + [(axis, 1) for axis in range(first, first + count, RUN)]
     step = {axis: i // RUN for i, axis in enumerate(half.step_axes)}
     centre = {axis: i // RUN for i, axis in enumerate(half.centre_axes)}
     coded = {axis for axis, _ in runs}
@@ -192,10 +197,11 @@ def _fixed_shared_bytes(layout: TileLayout | None, dim: int, warps: int, stages:
     decoded = head = 16
     if layout is not None:
         keys, values = (half.groups * sum(half.counts) for half in (layout.keys, layout.values))
-        decoded = 4 * values + (2 * keys if layout.keys.fmt == "fp8" else 0)
+        trits = 16 * layout.values.trit_axes[1] // _slots_per_word(layout.values, 2)
+        decoded = 4 * values + (2 * keys if layout.keys.fmt == "fp8" else 0) + 20 * -(-trits // 10)
         numbers = _constants(layout)[0]
         head = 512 * (numbers["K_PAIRS"] + numbers["K_CENTRES"] * (1 + numbers["CENTRE_RESIDUAL"]))
-    per_warp = max(ROWS * (dim + 4) * 4, decoded) + ROWS * 8 + stages * 8
+    per_warp = -(-max(ROWS * (dim + 4) * 4, decoded) // 16) * 16 + ROWS * 8 + stages * 8
     return head + warps * (per_warp + 32) + ROWS * 8 + 4 * (6 * MAX_ENTRIES + 4) + 32
 
 
@@ -393,17 +399,34 @@ def _set(s: HeadSet, keep: list[Tensor]) -> _Set:
 
 
 def decode_attention(q: Tensor, sets: list[HeadSet], scale: float, hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """See ops.reference.decode_attention. Two launches for all sets that share a layout (sets without tiles join the first).
+    """See ops.reference.decode_attention. Two launches for all sets that share a layout (sets without tiles join the first). Salient tokens, whose values have
+    other codes, are attended to by themselves, and both results are merged by their lse.
 
     Raises:
         BackendError: the inputs are not covered (see `unsupported`), or the kernels cannot be compiled.
     """
     if why := unsupported(q, sets):
         raise BackendError(f'The "cuda" backend does not cover {why}; use backend="triton" or "auto".')
+    group = q.shape[1] // sum(len(s.kv_heads) for s in sets)
+    out, lse = _attend(q, [replace(s, extra=()) for s in sets], group, scale, hidden)
+    salient = [replace(part, kv_heads=s.kv_heads) for s in sets for part in s.extra]
+    if not salient:
+        return out, lse
+    more, more_lse = _attend(q, salient, group, scale, hidden, all_heads=len(salient) == len(sets))
+    weight = torch.sigmoid(more_lse - lse)[..., None]
+    return torch.lerp(out.float(), more.float(), weight).to(q.dtype), torch.logaddexp(lse, more_lse)
+
+
+def _attend(
+    q: Tensor, sets: list[HeadSet], group: int, scale: float, hidden: Tensor | None, all_heads: bool = True
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Output and lse of these sets; where not all heads have one, the others have nothing to attend to."""
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
+    if not all_heads:
+        out.zero_()
+        lse.fill_(-torch.inf)
     layouts = list(dict.fromkeys(s.layout for s in sets if s.tiles is not None and s.tiles.shape[2])) or [None]
-    group = q.shape[1] // sum(len(s.kv_heads) for s in sets)
     for i, layout in enumerate(layouts):
         part = [s for s in sets if s.layout == layout or (i == 0 and (s.layout is None or s.layout not in layouts))]
         _launch(q, part, layout, group, scale, hidden, out, lse)

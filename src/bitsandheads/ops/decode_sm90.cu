@@ -14,10 +14,10 @@
 // MMA fragments below are those of mma.m16n8k16: lane = 4 * (row of A, column of B) + (pair of k): `i8` = lane / 4, `l4` = lane % 4.
 //
 // Generated in front of this file (cuda_decode.py): HEAD_DIM, MODEL_FP16, GROUP, N_QUERY, WARPS, STAGES, HAS_TILES, SHARED_BYTES, PARAMS_BYTES; of the layout FIELDS, GROUPS,
-// META_FP8, CENTRE_RESIDUAL, TILE_BYTES, QUERY_PEAK, K_PAIRS and K_CENTRES; and the namespaces keys and values: byte offsets TWO, ONE, STEPS, CENTRES, FACTORS; N_STEPS,
-// N_CENTRES; word columns C2, C1 and slots per word E2, E1; which parts of a basis there are (MATRIX, RESIDUAL, ORDER, MEAN, NOISE); and tables.
+// META_FP8, CENTRE_RESIDUAL, TILE_BYTES, QUERY_PEAK, K_PAIRS and K_CENTRES; and the namespaces keys and values: byte offsets TWO, ONE, TRITS, STEPS, CENTRES, FACTORS; N_STEPS,
+// N_CENTRES; word columns C2, C1, C3 (of trits) and slots per word E2, E1, E3; which parts of a basis there are (MATRIX, RESIDUAL, ORDER, MEAN, NOISE); and tables.
 // keys: of every *pair* of k-chunks (32 slots: a block of 32 word columns, one slot of each word) and l4 the lane's words and step (reads), first axis and weight (axis,
-// weight; after the pairs: of the centres). values: of every run of 8 slots the axes' run, log2 of the weight and the run of the steps (run_axis, run_shift,
+// weight; after the pairs: of the centres). values: of every run of 8 slots (two-bit ones, one-bit ones, trits) the axes' run, log2 of the weight and the run of the steps (run_axis, run_shift,
 // run_step); of every run of axes the run of its centres (or -1), and whether it has slots (centre_run, coded).
 
 typedef unsigned char u8;
@@ -100,6 +100,7 @@ __device__ __forceinline__ u32 lds32(u32 a) { u32 v; asm volatile("ld.shared.u32
 __device__ __forceinline__ u16 lds16(u32 a) { u16 v; asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(a)); return v; }
 __device__ __forceinline__ float lds_float(u32 a) { float v; asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(a)); return v; }
 __device__ __forceinline__ void sts128(u32 a, u32 x, u32 y, u32 z, u32 w) { asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" :: "r"(a), "r"(x), "r"(y), "r"(z), "r"(w) : "memory"); }
+__device__ __forceinline__ void sts32(u32 a, u32 x) { asm volatile("st.shared.b32 [%0], %1;" :: "r"(a), "r"(x) : "memory"); }
 __device__ __forceinline__ uint4 ldg128(const void* a) { uint4 v; asm volatile("ld.global.nc.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(a)); return v; }
 __device__ __forceinline__ void bulk_copy(u32 dst, const void* src, u32 bytes, u32 barrier) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(barrier), "r"(bytes) : "memory");
@@ -305,7 +306,10 @@ __device__ __forceinline__ const u16* query(const Params& p, const Head& head, i
 #if HAS_TILES
 constexpr int HEAD_FRAGMENTS = (K_PAIRS + K_CENTRES * (CENTRE_RESIDUAL ? 2 : 1)) * 512;
 constexpr int KEY_NUMBERS = GROUPS * (keys::N_STEPS + keys::N_CENTRES), VALUE_NUMBERS = GROUPS * (values::N_STEPS + values::N_CENTRES);
-constexpr int DECODED_BYTES = (META_FP8 ? KEY_NUMBERS * 2 : 0) + VALUE_NUMBERS * 4;
+constexpr int NUMBERS_BYTES = (META_FP8 ? KEY_NUMBERS * 2 : 0) + VALUE_NUMBERS * 4;
+constexpr int TRIT_WORDS = values::C3 * 16, TRIT_UNIT = 10;   // words of trits; words of 16 bytes
+constexpr int DECODED_BYTES = NUMBERS_BYTES + (TRIT_WORDS + TRIT_UNIT - 1) / TRIT_UNIT * TRIT_UNIT * 2;
+static_assert(NUMBERS_BYTES % 16 == 0, "words of trits begin at 16 bytes");
 #else
 constexpr int DECODED_BYTES = 16, HEAD_FRAGMENTS = 16;
 #endif
@@ -316,7 +320,7 @@ struct Prefetch {
 };
 union WarpShared {
   float red[ROWS][ROW];               // the warp's partial result, at the end of a segment
-  __align__(16) u8 decoded[DECODED_BYTES];   // of the tile in work: steps and centres of the keys as fp16 (if they are fp8), of the values as float32
+  __align__(16) u8 decoded[DECODED_BYTES];   // of the tile in work: steps and centres of the keys as fp16 (if they are fp8), of the values as float32; words of trits
 };
 struct Shared {
   __align__(16) u8 head[HEAD_FRAGMENTS];   // the query of the head in work as operand B, weights of the slots folded in; for the centres as it is
@@ -510,6 +514,33 @@ __device__ __forceinline__ void decode_metadata(u32 tile, u32 decoded, int lane)
       sts128(decoded + i * 4, y[0], y[1], y[2], y[3]);
       sts128(decoded + i * 4 + 16, y[4], y[5], y[6], y[7]);
     }
+  }
+  __syncwarp();
+}
+
+// Two bytes of trits, each in 16 bits, as five two-bit codes each: byte + q_1 + 4 q_2 + 16 q_3 + 64 q_4 with q_n = byte / 3^n (quant/planes.py).
+__device__ __forceinline__ u32 codes_of_trits(u32 bytes) {
+  const u32 q1 = bytes * 171 >> 9 & 0x007f007f, q2 = bytes * 57 >> 9 & 0x001f001f, q3 = bytes * 19 >> 9 & 0x000f000f, q4 = bytes * 203 >> 14 & 0x00030003;
+  return bytes + q1 + q2 * 4 + q3 * 16 + q4 * 64;
+}
+// Trits of the values -> words of a two-bit plane.
+__device__ __forceinline__ void decode_trits(u32 tile, u32 words, int lane) {
+  #pragma unroll 1
+  for (int unit = lane; unit * TRIT_UNIT < TRIT_WORDS; unit += 32) {
+    const uint4 bytes = lds128(tile + values::TRITS + unit * 16);
+    u32 twenty[8];                                            // codes of two neighbouring bytes
+    #pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const u32 x = word(bytes, i), even = codes_of_trits(x & 0x00ff00ff), odd = codes_of_trits(x >> 8 & 0x00ff00ff);
+      twenty[2 * i] = (even & 0xffff) | odd << 10 & 0xffc00;
+      twenty[2 * i + 1] = even >> 16 | odd >> 16 << 10;
+    }
+    const u32 to = words + unit * TRIT_UNIT * 2;
+    sts32(to, twenty[0] | twenty[1] << 20);
+    sts32(to + 4, twenty[1] >> 12 | twenty[2] << 8 | twenty[3] << 28);
+    sts32(to + 8, twenty[3] >> 4 | twenty[4] << 16);
+    sts32(to + 12, twenty[4] >> 16 | twenty[5] << 4 | twenty[6] << 24);
+    sts32(to + 16, twenty[6] >> 8 | twenty[7] << 12);
   }
   __syncwarp();
 }
@@ -752,17 +783,18 @@ __device__ __forceinline__ void probabilities(const float (&s)[FIELDS][4], const
 }
 
 // One 16-slot row block of a value plane: its words in a lane, and the sums of P * code for its slots.
-template <bool TWO>
+enum Plane { TWO, ONE, TRITS };       // trits are decoded into words of two-bit codes 0, 1, 2
+template <Plane PLANE>
 struct ValueRows {
-  static constexpr int C = TWO ? values::C2 : values::C1, E = TWO ? values::E2 : values::E1, BITS = TWO ? 2 : 1;
-  static constexpr int FIRST_RUN = TWO ? 0 : values::C2 * values::E2 / 8;
+  static constexpr int C = PLANE == TWO ? values::C2 : PLANE == ONE ? values::C1 : values::C3, E = PLANE == TWO ? values::E2 : PLANE == ONE ? values::E1 : values::E3;
+  static constexpr int BITS = PLANE == ONE ? 1 : 2, FIRST_RUN = (PLANE == TWO ? 0 : values::C2 * values::E2 + (PLANE == ONE ? 0 : values::C1 * values::E1)) / 8;
+  static constexpr float MIDDLE = PLANE == TWO ? 1.5f : PLANE == ONE ? 0.5f : 1.f;   // half of the largest code
   uint2 x[2];
   float r[E][4];
 
-  __device__ __forceinline__ void load(u32 tile, int mt, int i8, int l4) {
+  __device__ __forceinline__ void load(u32 plane, int mt, int i8, int l4) {
     #pragma unroll
-    for (int h = 0; h < 2; h++)
-      x[h] = mt * 16 + h * 8 < C ? lds64(tile + (TWO ? values::TWO : values::ONE) + (mt * 16 + h * 8 + i8) * 32 + l4 * 8) : make_uint2(0, 0);
+    for (int h = 0; h < 2; h++) x[h] = mt * 16 + h * 8 < C ? lds64(plane + (mt * 16 + h * 8 + i8) * 32 + l4 * 8) : make_uint2(0, 0);
   }
   __device__ __forceinline__ void start() {
     #pragma unroll
@@ -772,7 +804,7 @@ struct ValueRows {
   __device__ __forceinline__ void multiply(int f, const u32 (&p)[2]) {
     #pragma unroll
     for (int e = 0; e < E; e++) {
-      const u32 mask = (TWO ? 0x00030003u : 0x00010001u) << (field_bit(f) + e * BITS);
+      const u32 mask = (BITS == 2 ? 0x00030003u : 0x00010001u) << (field_bit(f) + e * BITS);
       mma_fp16(r[e], x[0].x & mask, x[1].x & mask, x[0].y & mask, x[1].y & mask, p[0], p[1]);
     }
   }
@@ -786,7 +818,7 @@ struct ValueRows {
           const int run = FIRST_RUN + (e * C + mt * 16 + h * 8) / 8, axis = values::run_axis[run], centre = values::centre_run[axis];
           const float step = lds_float(numbers + (g * values::N_STEPS + values::run_step[run] * 8 + i8) * 4);
           const float scale = step * power2(values::run_shift[run] - e * BITS);
-          float bias = step * (-(TWO ? 1.5f : 0.5f) * power2(values::run_shift[run]));
+          float bias = step * (-MIDDLE * power2(values::run_shift[run]));
           if (values::run_shift[run] == 0 && centre >= 0) bias += lds_float(numbers + (GROUPS * values::N_STEPS + g * values::N_CENTRES + centre * 8 + i8) * 4);
           st.acc[axis][0] = fmaf(r[e][2 * h], scale, fmaf(sums[0], bias, st.acc[axis][0]));
           st.acc[axis][1] = fmaf(r[e][2 * h + 1], scale, fmaf(sums[1], bias, st.acc[axis][1]));
@@ -794,15 +826,18 @@ struct ValueRows {
   }
 };
 
-// acc += P . values for N2 row blocks of the two-bit plane from A2 and N1 of the one-bit plane from A1: N2 * E2 + N1 * E1 independent chains of MMAs
-template <int A2, int N2, int A1, int N1>
-__device__ __forceinline__ void value_rows(Packed& st, u32 tile, u32 numbers, const u32 (&pb)[FIELDS][2], const float (&sums)[GROUPS][2], int i8, int l4) {
-  ValueRows<true> two[N2 > 0 ? N2 : 1];
-  ValueRows<false> one[N1 > 0 ? N1 : 1];
+// acc += P . values for N2, N1 and N3 row blocks of the two-bit plane from A2, the one-bit plane from A1 and the trits from A3: N2 * E2 + N1 * E1 + N3 * E3 independent chains of MMAs
+template <int A2, int N2, int A1, int N1, int A3, int N3>
+__device__ __forceinline__ void value_rows(Packed& st, u32 tile, u32 numbers, u32 trits, const u32 (&pb)[FIELDS][2], const float (&sums)[GROUPS][2], int i8, int l4) {
+  ValueRows<TWO> two[N2 > 0 ? N2 : 1];
+  ValueRows<ONE> one[N1 > 0 ? N1 : 1];
+  ValueRows<TRITS> three[N3 > 0 ? N3 : 1];
   #pragma unroll
-  for (int i = 0; i < N2; i++) two[i].load(tile, A2 + i, i8, l4);
+  for (int i = 0; i < N2; i++) two[i].load(tile + values::TWO, A2 + i, i8, l4);
   #pragma unroll
-  for (int i = 0; i < N1; i++) one[i].load(tile, A1 + i, i8, l4);
+  for (int i = 0; i < N1; i++) one[i].load(tile + values::ONE, A1 + i, i8, l4);
+  #pragma unroll
+  for (int i = 0; i < N3; i++) three[i].load(trits, A3 + i, i8, l4);
   #pragma unroll
   for (int g = 0; g < GROUPS; g++) {
     #pragma unroll
@@ -810,31 +845,40 @@ __device__ __forceinline__ void value_rows(Packed& st, u32 tile, u32 numbers, co
     #pragma unroll
     for (int i = 0; i < N1; i++) one[i].start();
     #pragma unroll
+    for (int i = 0; i < N3; i++) three[i].start();
+    #pragma unroll
     for (int f0 = 0; f0 < GROUP_FIELDS; f0++) {
       const int f = g * GROUP_FIELDS + f0;
       #pragma unroll
       for (int i = 0; i < N2; i++) { if (f == DIRECT) two[i].shift(); two[i].multiply(f, pb[f]); }
       #pragma unroll
       for (int i = 0; i < N1; i++) { if (f == DIRECT) one[i].shift(); one[i].multiply(f, pb[f]); }
+      #pragma unroll
+      for (int i = 0; i < N3; i++) { if (f == DIRECT) three[i].shift(); three[i].multiply(f, pb[f]); }
     }
     #pragma unroll
     for (int i = 0; i < N2; i++) two[i].add(st, numbers, A2 + i, g, sums[g], i8);
     #pragma unroll
     for (int i = 0; i < N1; i++) one[i].add(st, numbers, A1 + i, g, sums[g], i8);
+    #pragma unroll
+    for (int i = 0; i < N3; i++) three[i].add(st, numbers, A3 + i, g, sums[g], i8);
   }
 }
 __device__ __forceinline__ constexpr int at_most(int a, int b) { return a < b ? (a > 0 ? a : 0) : b; }
-template <int A2, int A1>
-__device__ __forceinline__ void all_value_rows(Packed& st, u32 tile, u32 numbers, const u32 (&pb)[FIELDS][2], const float (&sums)[GROUPS][2], int i8, int l4) {
-  constexpr int MT2 = tiles16(values::C2), MT1 = tiles16(values::C1), STEP2 = values::E2 >= 4 ? 1 : 4 / values::E2, STEP1 = values::E1 >= 4 ? 1 : 4 / values::E1;
-  if constexpr (A2 < MT2 || A1 < MT1) {
-    value_rows<A2, at_most(MT2 - A2, STEP2), A1, at_most(MT1 - A1, STEP1)>(st, tile, numbers, pb, sums, i8, l4);
-    all_value_rows<A2 + STEP2, A1 + STEP1>(st, tile, numbers, pb, sums, i8, l4);
+__device__ __forceinline__ constexpr int row_blocks(int slots) { return slots >= 4 ? 1 : 4 / slots; }   // of a plane that go together
+template <int A2, int A1, int A3>
+__device__ __forceinline__ void all_value_rows(Packed& st, u32 tile, u32 numbers, u32 trits, const u32 (&pb)[FIELDS][2], const float (&sums)[GROUPS][2], int i8, int l4) {
+  constexpr int MT2 = tiles16(values::C2), MT1 = tiles16(values::C1), MT3 = tiles16(values::C3);
+  constexpr int STEP2 = row_blocks(values::E2), STEP1 = row_blocks(values::E1), STEP3 = row_blocks(values::E3);
+  if constexpr (A2 < MT2 || A1 < MT1 || A3 < MT3) {
+    value_rows<A2, at_most(MT2 - A2, STEP2), A1, at_most(MT1 - A1, STEP1), A3, at_most(MT3 - A3, STEP3)>(st, tile, numbers, trits, pb, sums, i8, l4);
+    all_value_rows<A2 + STEP2, A1 + STEP1, A3 + STEP3>(st, tile, numbers, trits, pb, sums, i8, l4);
   }
 }
 
 __device__ __forceinline__ void attend_tile(Packed& st, u32 tile, u32 decoded, int lane) {
   const int i8 = lane >> 2, l4 = lane & 3;
+  if (values::C3) decode_trits(tile, decoded + NUMBERS_BYTES, lane);
   decode_metadata(tile, decoded, lane);
   float s[FIELDS][4], slope[GROUPS][2], offset[GROUPS][2], sums[GROUPS][2];
   u32 pb[FIELDS][2];
@@ -881,7 +925,7 @@ __device__ __forceinline__ void attend_tile(Packed& st, u32 tile, u32 decoded, i
         st.acc[axis][1] = fmaf(sums[g][1], c, st.acc[axis][1]);
       }
   }
-  all_value_rows<0, 0>(st, tile, numbers, pb, sums, i8, l4);
+  all_value_rows<0, 0, 0>(st, tile, numbers, decoded + NUMBERS_BYTES, pb, sums, i8, l4);
 }
 
 __device__ __forceinline__ void store_state(const Packed& st, Shared& sm, int w, int lane) {
