@@ -198,6 +198,18 @@ def test_what_the_sections_hold(everything):
     assert len(found["speed"].figures[0].series[0].points) == 2 and len(found["speed"].tables[0].rows) == 3
 
 
+def test_needles_of_one_length_share_a_grid(tmp_path):
+    with RunFolder(tmp_path / "run", {"model": "m", "samples": None}, {}) as run:
+        run.append(
+            record(p, "needle", f"{d}-{i}", float(p == "bf16" or i), kind=d, level=512)
+            for p in ("bf16", "balanced")
+            for d in ("50%", "0%")
+            for i in range(2)
+        )
+    ((grid,),) = (s.figures for s in content.sections(read([tmp_path / "run"])) if s.name == "needles")
+    assert (grid.rows, grid.columns, grid.values) == (("bf16", "balanced"), ("0%", "50%"), ((1.0, 1.0), (0.5, 0.5)))
+
+
 def test_steps_of_whole_models(everything):
     """Plans of several places side by side, places with many plans as bars, a table for each model; what does not fit has its reason."""
     (section,) = (s for s in content.sections(read(everything)) if s.name == "steps")

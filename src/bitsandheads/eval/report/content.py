@@ -175,18 +175,24 @@ def fidelity(sources: Sources) -> Section:
 
 
 def needles(sources: Sources) -> Section:
-    """For every plan a grid of accuracy by depth and length."""
+    """For every plan a grid of accuracy by depth and length; one grid of all plans by depth where there is one length only."""
     figures: list[Figure] = []
     for run in sources.runs:
-        found = grouped((r for r in run.records if r["task"] == NEEDLE), ["plan"])
-        for (plan,), records in found.items():
-            cells = {k: sum(r["score"] for r in v) / len(v) for k, v in grouped(records, ["kind", "level"]).items()}
-            depths = sorted({k for k, _ in cells}, key=lambda d: float(d.rstrip("%")))
-            lengths = sorted({n for _, n in cells})
-            values = tuple(tuple(cells.get((d, n)) for n in lengths) for d in depths)
-            note = f"{len(records)} needles, {percent(sum(r['score'] for r in records) / len(records))} found."
-            columns = tuple(map(str, lengths))
-            figures.append(Grid(f"{run.title}, {plan}", note, tuple(depths), columns, "depth", "tokens", values, 0, 1, True))
+        records = [r for r in run.records if r["task"] == NEEDLE]
+        cells = {k: sum(r["score"] for r in v) / len(v) for k, v in grouped(records, ["plan", "kind", "level"]).items()}
+        depths = tuple(sorted({r["kind"] for r in records}, key=lambda d: float(d.rstrip("%"))))
+        lengths = sorted({r["level"] for r in records})
+        plans = tuple(dict.fromkeys(r["plan"] for r in records))
+        if len(lengths) == 1:
+            values = tuple(tuple(cells.get((p, d, lengths[0])) for d in depths) for p in plans)
+            note = f"{len(records) // len(plans)} needles for each plan."
+            figures.append(Grid(f"{run.title}, {lengths[0]} tokens", note, plans, depths, "", "depth", values, 0, 1, True))
+            continue
+        for plan in plans:
+            scores = [r["score"] for r in records if r["plan"] == plan]
+            values = tuple(tuple(cells.get((plan, d, n)) for n in lengths) for d in depths)
+            note = f"{len(scores)} needles, {percent(sum(scores) / len(scores))} found."
+            figures.append(Grid(f"{run.title}, {plan}", note, depths, tuple(map(str, lengths)), "depth", "tokens", values, 0, 1, True))
     return Section("needles", "Needle in a haystack", "A number hidden in a long text, asked for at its end.", tuple(figures))
 
 
