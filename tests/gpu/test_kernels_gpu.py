@@ -1,5 +1,7 @@
 """The GPU kernels against the reference in float64 on the same bytes. Run on a GPU machine: pytest -m gpu tests/gpu."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from real_caches import real_caches
@@ -59,10 +61,19 @@ def test_layouts(backend: str, quant: KVQuant, dtype: torch.dtype) -> None:
     check(backend, [head_set(quant, 128, (0, 1), [32, 0], [9, 3], [140, 7], dtype)], 8, dtype=dtype)
 
 
-@pytest.mark.parametrize("preset", ["balanced", "extreme", "vidkv-1.5/1.58", "kivi-2"])
+@pytest.mark.parametrize("preset", ["balanced", "extreme", "vidkv-1.25/1.58", "vidkv-1.5/1.58", "vidkv-2/1.58", "kivi-2"])
 def test_presets(preset: str) -> None:
     quant = get_plan(preset).groups[0].quant
     check("auto", [head_set(quant, 128, (0, 1), [32, 0], [9, 3], [140, 7])], 8)
+
+
+def test_salient_tokens(backend: str) -> None:
+    """Tiles whose values have other codes beside ternary ones; one sequence has none, a windowed head never."""
+    quant = get_plan("vidkv-1.5/1.66").groups[0].quant
+    one = head_set(quant, 128, (0, 2), [3, 0], [9, 3], [140, 7])
+    better = replace(quant, values=replace(quant.values, classes=(AxisClass(2, 1.0),)))
+    one.extra = (head_set(better, 128, (0, 2), [0, 0], [4, 0], [0, 0], seed=1),)
+    check(backend, [one, head_set(None, 128, (1,), [4, 4], [0, 0], [60, 40], window=30)], 21)
 
 
 @pytest.mark.parametrize("queries", [2, 4, 8])
