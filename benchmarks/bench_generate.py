@@ -118,9 +118,9 @@ def points() -> Iterator[Point]:
     yield from (Point(first, plan, 1, 2048, "longest") for plan in (*OURS, "extreme"))
     rest = [(1, 32768), (32, 32768), (8, 8192), (32, 8192)]
     yield from (Point(first, plan, b, t) for b, t in rest for plan in OURS)
+    yield from (Point(first, plan, 8, 32768) for plan in more)
     yield from (Point(first, plan, 1, 131072, "prefill") for plan in ("balanced", "bf16"))
     yield from (Point(first, plan, b, 131072) for b in (8, 32) for plan in OURS)
-    yield from (Point(first, plan, 8, 32768) for plan in more)
     yield from (Point(model, plan, b, t) for model in others for b, t in ((8, 32768), (1, 8192)) for plan in OURS)
     yield from (Point(model, plan, 1, 32768, "largest") for model in others for plan in OURS)
     yield from (Point(model, plan, b, t) for model in others for b, t in rest for plan in OURS)
@@ -385,7 +385,7 @@ def longest(point: Point, model: Any, prompt: Prompt, device: str) -> dict[str, 
     return {"context": low, "cache_bytes": taken}
 
 
-def prefill(point: Point, model: Any, prompt: None, device: str) -> dict[str, Any]:
+def prefill(point: Point, model: Any, prompt: Prompt, device: str) -> dict[str, Any]:
     """Seconds and bytes of a whole prompt of one sequence; chunked: in passes of CHUNK tokens."""
     ids = torch.randint(2, model.config.vocab_size, (1, point.context), device=device)
     row: dict[str, Any] = {"chunk": min(CHUNK, point.context // 2) if point.kind == "chunked" else None}
@@ -540,7 +540,7 @@ class Bench:
         """Measure a point."""
         self.load(point.model)
         how = KINDS[point.kind]
-        prompt = None if how is prefill else self.prompt(point.context)
+        prompt = self.prompt(point.context)  # for prefill too: the first pass of a length loads kernels
         self.attention(point.plan)
         row = {"point": point.name, "model": point.model, "plan": point.plan, "batch": point.batch, "context": point.context}
         row |= tried(lambda: how(point, self.model, prompt, self.device))
