@@ -126,7 +126,7 @@ def _points(r: dict) -> str:
 
 
 def video_tiny(group: str) -> list[str]:
-    """Accuracy by kind of question; the rows of one group ("setting" or "ablation"), the most accurate first."""
+    """Accuracy by kind of question; the rows of one group ("setting", "ablation" or "heads"), the most accurate first."""
     data = json.loads((RESULTS / "video-tiny.json").read_text())
     found: dict[str, dict[str, dict]] = {}
     for r in data["rows"]:
@@ -137,7 +137,7 @@ def video_tiny(group: str) -> list[str]:
     lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
     for plan, rows in sorted(found.items(), key=lambda item: -item[1]["all"]["accuracy"]):
         r = rows["all"]
-        name = f"`{plan}`" if group == "setting" else plan
+        name = plan if group == "ablation" else f"`{plan}`"
         cells = [name + " (CPU)" * (r["dtype"] == "torch.float32"), f"{r['bits_per_element']:.2f}", f"{r['bits_per_element_at_32k']:.2f}"]
         cells += [f"{100 * r['accuracy']:.1f} [{100 * r['low']:.1f}, {100 * r['high']:.1f}]"]
         cells += [*(f"{100 * rows[k]['accuracy']:.1f}" for k in kinds), _points(r), _points(r["versus_balanced"])]
@@ -415,6 +415,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "video-longest": video_longest,
     "video-tiny": partial(video_tiny, "setting"),
     "video-tiny-ablations": partial(video_tiny, "ablation"),
+    "video-tiny-heads": partial(video_tiny, "heads"),
 }
 
 
