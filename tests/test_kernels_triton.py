@@ -19,6 +19,12 @@ NOISE_FREE = KVQuant(
     TensorQuant((AxisClass(3, 0.5), AxisClass(1, 0.5)), transform="dct"), TensorQuant((AxisClass(2, 1.0),)), tile=16, group_size=16
 )
 
+TRITS = KVQuant(
+    TensorQuant((AxisClass(2, 0.25), AxisClass("ternary", 0.75, "ternary"))),
+    TensorQuant((AxisClass(3, 0.5), AxisClass("ternary", 0.125, "ternary", centre=False), AxisClass(1, 0.375))),
+    metadata="fp8",
+)
+
 
 def interpreter_works() -> bool:
     """Triton's interpreter turns one-element arrays into Python numbers, which numpy 2.4 and later refuse."""
@@ -34,6 +40,10 @@ CASES = {
     "kivi-2": ("kivi-2", 64, 4, 1, [1, 2], [33, 1]),
     "vidkv-1.5/1.58": ("vidkv-1.5/1.58", 128, 2, 1, [1, 1], [12, 31]),
     "small tiles, 80 channels": (NOISE_FREE, 80, 12, 1, [3, 5], [1, 20]),
+    "trits": (TRITS, 64, 2, 1, [2, 1], [5, 40]),
+    "trits, 24 query rows": (replace(TRITS, group_size=32), 64, 12, 2, [1, 2], [5, 40]),
+    "trits, tiles of 32": (replace(TRITS, tile=32, group_size=32), 64, 2, 1, [3, 5], [1, 20]),
+    "trits, tiles of 16": (replace(TRITS, tile=16, group_size=16), 80, 2, 1, [3, 5], [1, 20]),
     "whole precision, 96 channels": (None, 96, 16, 1, [0, 0], [70, 37]),
 }
 

@@ -29,6 +29,10 @@ SMALL = KVQuant(
     TensorQuant((AxisClass(1, 1.0, "minmax"),)), TensorQuant((AxisClass(3, 1.0),), per="token"), tile=16, group_size=16, metadata="fp8"
 )
 WIDE = KVQuant(TensorQuant((AxisClass(5, 1.0),)), TensorQuant((AxisClass(1, 1.0, "minmax"),), per="token"))
+TRITS = KVQuant(
+    TensorQuant((AxisClass(2, 0.25), AxisClass("ternary", 0.75, "ternary"))),
+    TensorQuant((AxisClass(2, 0.5), AxisClass("ternary", 0.25, "ternary", centre=False), AxisClass(1, 0.25))),
+)
 MINMAX = KVQuant(TensorQuant((AxisClass(4, 0.5, "minmax"), AxisClass(1, 0.5, "minmax"))), TensorQuant((AxisClass(2, 1.0, "minmax"),)))
 
 
@@ -431,6 +435,8 @@ CASES = {  # quantizer, head_dim, dtype
     "extreme, 24 channels": ("extreme", 24, torch.bfloat16),
     "kivi-2": ("kivi-2", 32, torch.bfloat16),
     "vidkv-1.5/1.58": ("vidkv-1.5/1.58", 32, torch.float16),
+    "trits beside other codes": (TRITS, 32, torch.float32),
+    "trits, tiles of 32": (replace(TRITS, tile=32, group_size=32), 48, torch.bfloat16),
     "tiles of 64": (FINE, 32, torch.float32),
     "tiles of 16": (SMALL, 40, torch.float32),
     "5 bits, 1 bit by token": (WIDE, 32, torch.float32),

@@ -203,10 +203,13 @@ def _store_plane(out, scratch, slot_axis, slot_shift, BITS: tl.constexpr, TOKENS
 
 @triton.jit
 def _store_trits(out, scratch, code, first, COUNT: tl.constexpr, TOKENS: tl.constexpr, DP: tl.constexpr):
-    """Five trits a byte, in the order [token, axis]: through memory, because neighbours lie in different threads."""
-    axis = tl.arange(0, DP) - first
-    t = tl.arange(0, TOKENS)
-    tl.store(scratch + t[None] * COUNT + axis[:, None], code.to(tl.uint8), mask=((axis >= 0) & (axis < COUNT))[:, None])
+    """Five trits a byte, in the order of a two-bit plane's words: through memory, because neighbours lie in different threads."""
+    E: tl.constexpr = 128 // TOKENS  # slots of a word
+    C: tl.constexpr = COUNT // E
+    slot = (tl.arange(0, DP) - first)[:, None]
+    t = tl.arange(0, TOKENS)[None]
+    place = (slot % C * 16 + t % 16) * 8 + t // 16 * E + slot // C
+    tl.store(scratch + place, code.to(tl.uint8), mask=(slot >= 0) & (slot < COUNT))
     tl.debug_barrier()
     BYTES: tl.constexpr = (COUNT * TOKENS + 4) // 5
     for start in range(0, BYTES, 1024):

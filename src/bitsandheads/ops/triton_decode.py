@@ -24,6 +24,7 @@ MAX_SPLITS = 256
 PACKED_WARPS = 1  # of a program over packed tiles with 8 query rows
 STAGES = 3  # tiles of a program: one in work, the others on their way
 WARPS = 1056  # warps that fill the GPU: eight for each multiprocessor of an H100
+WARPS_WITH_TRITS = 924  # the copies of their bytes ahead leave shared memory for seven
 LOG2E = 1.4426950408889634
 FAR_BACK = 1 << 30
 
@@ -72,7 +73,7 @@ def _tables(half: HalfLayout, device: torch.device) -> HalfTables:
         slots = [(s.axis + i, float(s.weight)) for s in half.slots if s.bits == bits for i in range(s.count)]
         planes.append((slots, 256 // half.tokens // bits))
     first, count = half.trit_axes
-    planes.append(([(first + i, 1.0) for i in range(count)], 1))
+    planes.append(([(first + i, 1.0) for i in range(count)], 128 // half.tokens))
     columns = tuple(_power_of_two(triton.cdiv(len(plane), per_word)) for plane, per_word in planes)
     axis, step, weight = [], [], []
     for (plane, per_word), size in zip(planes, columns, strict=True):
@@ -117,8 +118,8 @@ def _terms(half: HalfLayout, device: torch.device) -> int:
 
 
 @lru_cache(maxsize=256)
-def _head_index(kv_heads: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(kv_heads, dtype=torch.int32, device=device)
+def _numbers(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int32, device=device)
 
 
 @lru_cache(maxsize=128)
@@ -174,7 +175,8 @@ def _attend_part(
     rows = 8 if group * n_query <= 8 else 16
     blocks = triton.cdiv(group * n_query, rows)
     used = s.tiles is not None and s.layout is not None and s.tiles.shape[2] > 0
-    index = _head_index(kv_heads, device)
+    index = _numbers(kv_heads, device)
+    count = _numbers(tuple(range(max(dp, 16))), device)
     numbers: dict[str, object] = {}
     width = dp
     warps = warps or (PACKED_WARPS if used and rows == 8 else 4)
@@ -214,7 +216,8 @@ def _attend_part(
         numbers |= {"GROUPS": layout.keys.groups, "FP8": layout.keys.fmt == "fp8"}
     else:
         numbers = dict.fromkeys(_TILE_NUMBERS, 0)
-    splits = max(1, min(MAX_SPLITS, units, WARPS // warps // (batch * h * blocks)))
+    filling = WARPS_WITH_TRITS if layout is not None and layout.values.trit_axes[1] else WARPS
+    splits = max(1, min(MAX_SPLITS, units, filling // warps // (batch * h * blocks)))
     partial = torch.empty(batch * h * blocks * splits * rows, width, device=device)
     stats = torch.empty(batch * h * blocks * splits * rows, 4, device=device)
     sink = s.sink_k is not None and s.sink_k.shape[2] > 0
@@ -222,7 +225,7 @@ def _attend_part(
     sink_v = s.sink_v if sink and s.sink_v is not None else s.tail_v
     kernels.attend[(splits, batch * h, blocks)](
         q, axes, constant, row_scale, s.tiles if used else q, sink_k, sink_v, s.tail_k, s.tail_v, s.lengths, q if hidden is None else hidden,
-        partial, stats, index, k_axis, k_step, k_weight, k_centre, v_step, *q.stride()[:3],
+        partial, stats, index, k_axis, k_step, k_weight, k_centre, v_step, count, *q.stride()[:3],
         *(s.tiles.stride()[:2] if used and s.tiles is not None else (0, 0)), *sink_k.stride()[:2], *s.tail_k.stride()[:2],
         batch, h, window or FAR_BACK, scale * LOG2E,
         GROUP=group, Q=n_query, D=dim, DP=dp, ROWS=rows, WIDTH=width, RAW=raw_tokens, SINK=sink, HIDDEN=hidden is not None, TILES=used,

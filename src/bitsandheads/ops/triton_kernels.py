@@ -79,6 +79,53 @@ def _words(ptr, columns, rows, N: tl.constexpr, E: tl.constexpr, PADDED: tl.cons
     return tl.load(ptr.to(tl.pointer_type(tl.int16)) + offset)
 
 
+@triton.jit
+def _funnel(low, high, shift):
+    """The low half of (high, low) >> shift % 32."""
+    if _interpreted():
+        return (((high.to(tl.uint64) << 32) | low) >> (shift & 31)).to(tl.uint32)
+    return tl.inline_asm_elementwise(
+        "shf.r.wrap.b32 $0, $1, $2, $3;", "=r,r,r,r", [low, high, shift], dtype=tl.uint32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def _ten(x):
+    """Bytes of five trits in the low bits of both halves of x -> their two-bit codes, ten bits of each half (quant/planes.py)."""
+    thirds, ninths = (x * 171 >> 9) & 0x7F007F, (x * 57 >> 7) & 0x7C007C  # quotients times 1, 4, 16, 64
+    return x + thirds + ninths + ((x * 19 >> 5) & 0xF000F0) + ((x * 203 >> 8) & 0xC000C0)
+
+
+@triton.jit
+def _trit_places(count, PADDED: tl.constexpr):
+    """For `_trit_words`: where the pairs of words [PADDED, 8] begin in a byte, and 0 and 1, uint32.
+
+    count: memory with 0, 1, 2, ... Triton changes to the layout of the tensor cores before all arithmetic only if that begins with loads.
+    """
+    pair = tl.load(count + tl.arange(0, PADDED))[:, None] * 8 + tl.load(count + tl.arange(0, 8))[None]
+    return pair.to(tl.uint32) % 5, tl.load(count + tl.arange(0, 2)).to(tl.uint32)
+
+
+@triton.jit
+def _trit_words(ptr, places, N: tl.constexpr, E: tl.constexpr, PADDED: tl.constexpr):
+    """The words of N slots of trits as those of a two-bit plane, by (word column, row), int16.
+
+    The 16 trits of a pair of words k = 5 u + r begin with trit r of byte 16 u + 3 r, so they lie in four bytes, of two aligned numbers.
+    """
+    LAST: tl.constexpr = (N // E * 32 + 4) // 5 - 1
+    row = tl.arange(0, PADDED // 4)[None]
+    k = row % 5 * 32 + tl.arange(0, 32)[:, None]  # pairs that are 160 apart have addresses that differ by a constant
+    numbers = ptr.to(tl.pointer_type(tl.uint32))
+    low = tl.load(numbers + tl.minimum(row // 5 * 128 + 4 * k // 5, LAST))
+    high = tl.load(numbers + tl.minimum(row // 5 * 128 + (4 * k + 3) // 5, LAST))
+    r, half = places
+    b = _funnel(tl.reshape(tl.trans(low), [PADDED, 8]), tl.reshape(tl.trans(high), [PADDED, 8]), 24 * r)
+    even, odd = _ten(b & 0xFF00FF), _ten((b >> 8) & 0xFF00FF)
+    first, second = (even & 0x3FF) | ((odd & 0x3FF) << 10), (even >> 16) | ((odd >> 16) << 10)
+    words = _funnel(first | (second << 20), second >> 12, 2 * r)
+    return tl.reshape((words[:, :, None] >> (16 * half)[None, None]).to(tl.int16), [PADDED, 16])
+
+
 @triton.constexpr_function
 def _direct(tokens):
     """Fields whose masked words are fp16 subnormals or in the first binade; the others are shifted down first."""
@@ -105,6 +152,40 @@ def _codes(w, f: tl.constexpr, e: tl.constexpr, BITS: tl.constexpr, TOKENS: tl.c
 def _query(q, k_axis, k_weight, slots, D: tl.constexpr):
     """The queries' entries of slots, weights folded in: fp16 [slots, N]. q: rows of D axes, [1, N] pointers."""
     return (tl.load(q + tl.load(k_axis + slots)[:, None]) * tl.load(k_weight + slots)[:, None]).to(tl.float16)
+
+
+@triton.jit
+def _queries(q, k_axis, k_weight, first, slots, E: tl.constexpr, PADDED: tl.constexpr, D: tl.constexpr):
+    """`_query` of the slots of a plane from `first` on, for every slot of a word."""
+    out = ()
+    for e in tl.static_range(E):
+        out = out + (_query(q, k_axis, k_weight, first + e * PADDED + slots, D),)  # noqa: RUF005
+    return out
+
+
+@triton.jit
+def _times_steps(queries, steps, first, at, E: tl.constexpr, FP8: tl.constexpr):
+    """Queries times the steps of their slots in a group."""
+    out = ()
+    for e in tl.static_range(E):
+        out = out + (queries[e] * _stored(steps, first + at[e], True, FP8)[:, None],)  # noqa: RUF005
+    return out
+
+
+@triton.jit
+def _add_offsets(bias, queries, TOP: tl.constexpr, E: tl.constexpr):
+    """bias [16, N] - top / 2 times the sum of the queries over a plane's slots."""
+    for e in tl.static_range(E):
+        bias = tl.dot(tl.full([16, queries[e].shape[0]], -0.5 * TOP, tl.float16), queries[e], bias)
+    return bias
+
+
+@triton.jit
+def _add_keys(scores, w, queries, f: tl.constexpr, E: tl.constexpr, BITS: tl.constexpr, TOKENS: tl.constexpr):
+    """scores + codes of field f times queries, over every slot of the words."""
+    for e in tl.static_range(E):
+        scores = tl.dot(_codes(w, f, e, BITS, TOKENS), queries[e], scores)
+    return scores
 
 
 @triton.jit
@@ -156,7 +237,7 @@ def _add_steps(acc, sums, total, TOP: tl.constexpr, steps, first, at, by, E: tl.
     """acc + the tile's values of a plane: step * (sum of code * P - top / 2 * sum of P)."""
     out = ()
     for e in tl.static_range(E):
-        step = _stored(steps, first + at[e], at[e] >= 0, FP8) * by
+        step = _stored(steps, first + at[e], True, FP8) * by
         out = out + (acc[e] + (sums[e] * 512.0 - 0.5 * TOP * total[None]) * step[:, None],)  # noqa: RUF005
     return out
 
@@ -173,16 +254,6 @@ def _steps_at(steps, first, columns, E: tl.constexpr, PADDED: tl.constexpr):
     for e in tl.static_range(E):
         out = out + (tl.load(steps + first + e * PADDED + columns),)  # noqa: RUF005
     return out
-
-
-@triton.jit
-def _trits(ptr, slots, token, N: tl.constexpr, BIT: tl.constexpr):
-    """Trits as fp16 subnormals at bit BIT."""
-    i = token * N + tl.minimum(slots, N - 1)
-    b = tl.load(ptr + i // 5).to(tl.int32)
-    d = i % 5
-    b = tl.where(d == 1, b // 3, tl.where(d == 2, b // 9, tl.where(d == 3, b // 27, tl.where(d == 4, b // 81, b))))
-    return ((b % 3) << BIT).to(tl.int16).to(tl.float16, bitcast=True)
 
 
 @triton.jit
@@ -277,7 +348,8 @@ def _attend_raw(
 
 @triton.jit
 def attend(q, q_axes, constant, row_scale, tiles, sink_k, sink_v, tail_k, tail_v, lengths, hidden, partial, stats, kv_heads,
-            k_axis, k_step, k_weight, k_centre, v_step, q_b, q_h, q_t, tiles_b, tiles_h, sink_b, sink_h, tail_b, tail_h, batch, heads, window, scale_log2,
+            k_axis, k_step, k_weight, k_centre, v_step, numbers, q_b, q_h, q_t, tiles_b, tiles_h, sink_b, sink_h, tail_b, tail_h,
+            batch, heads, window, scale_log2,
             GROUP: tl.constexpr, Q: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, RAW: tl.constexpr,
             SINK: tl.constexpr, HIDDEN: tl.constexpr, TILES: tl.constexpr, TILE_BYTES: tl.constexpr, TOKENS: tl.constexpr,
             GROUPS: tl.constexpr, FP8: tl.constexpr,
@@ -360,7 +432,7 @@ def attend(q, q_axes, constant, row_scale, tiles, sink_k, sink_v, tail_k, tail_v
     if TILES:
         FIELDS: tl.constexpr = TOKENS // 16
         GF: tl.constexpr = FIELDS // GROUPS
-        E2: tl.constexpr = 128 // TOKENS  # slots of a word
+        E2: tl.constexpr = 128 // TOKENS  # slots of a word; trits are words of two-bit codes once restored
         E1: tl.constexpr = 256 // TOKENS
         count = tl.load(lengths + batch + b)
         per = tl.cdiv(count, splits)
@@ -370,25 +442,22 @@ def attend(q, q_axes, constant, row_scale, tiles, sink_k, sink_v, tail_k, tail_v
         i16 = tl.arange(0, 16)
         acc2 = _zeros(E2 if V2 else 1, V2P if V2 else 16, ROWS)
         acc1 = _zeros(E1 if V1 else 1, V1P if V1 else 16, ROWS)
-        acc3 = tl.zeros([V3P if V3 else 16, ROWS], tl.float32)
+        acc3 = _zeros(E2 if V3 else 1, V3P if V3 else 16, ROWS)
         accc = tl.zeros([VCP if VC else 16, ROWS], tl.float32)
         q_rows = q_axes + qrow[None] * D
         if K2:
             s2 = tl.arange(0, K2P)
             at2 = _steps_at(k_step, 0, s2, E2, K2P)
-            q2 = ()
-            for e in tl.static_range(E2):
-                q2 = q2 + (_query(q_rows, k_axis, k_weight, e * K2P + s2, D),)  # noqa: RUF005
+            q2 = _queries(q_rows, k_axis, k_weight, 0, s2, E2, K2P, D)
         if K1:
             s1 = tl.arange(0, K1P)
             at1 = _steps_at(k_step, E2 * K2P, s1, E1, K1P)
-            q1 = ()
-            for e in tl.static_range(E1):
-                q1 = q1 + (_query(q_rows, k_axis, k_weight, E2 * K2P + e * K1P + s1, D),)  # noqa: RUF005
+            q1 = _queries(q_rows, k_axis, k_weight, E2 * K2P, s1, E1, K1P, D)
         if K3:
             s3 = tl.arange(0, K3P)
-            q3 = _query(q_rows, k_axis, k_weight, E2 * K2P + E1 * K1P + s3, D)
-            at3 = tl.load(k_step + E2 * K2P + E1 * K1P + s3)
+            k_places = _trit_places(numbers, K3P)
+            at3 = _steps_at(k_step, E2 * K2P + E1 * K1P, s3, E2, K3P)
+            q3 = _queries(q_rows, k_axis, k_weight, E2 * K2P + E1 * K1P, s3, E2, K3P, D)
         if KC:
             sc = tl.arange(0, KCP)
             qc = tl.load(q_rows + tl.load(k_centre + sc)[:, None])
@@ -404,7 +473,8 @@ def attend(q, q_axes, constant, row_scale, tiles, sink_k, sink_v, tail_k, tail_v
             vat1 = _steps_at(v_step, E2 * V2P, u1, E1, V1P)
         if V3:
             u3 = tl.arange(0, V3P)
-            vat3 = tl.load(v_step + E2 * V2P + E1 * V1P + u3)
+            v_places = _trit_places(numbers, V3P)
+            vat3 = _steps_at(v_step, E2 * V2P + E1 * V1P, u3, E2, V3P)
         if VC:
             uc = tl.arange(0, VCP)
         for tile in range(split * per, tl.minimum(count, (split + 1) * per)):
@@ -416,24 +486,20 @@ def attend(q, q_axes, constant, row_scale, tiles, sink_k, sink_v, tail_k, tail_v
                 w2 = _words(base + K_TWO, s2[None], i16[:, None], K2, E2, K2P, W2, False)
             if K1:
                 w1 = _words(base + K_ONE, s1[None], i16[:, None], K1, E1, K1P, W1, False)
+            if K3:
+                w3 = tl.trans(_trit_words(base + K_TRIT, k_places, K3, E2, K3P))
             for g in tl.static_range(GROUPS):
                 by_step = _factor(base + K_FACTORS, g * 2, FP8)
                 bias = tl.zeros([16, ROWS], tl.float32)
                 if K2:
-                    e2 = ()
-                    for e in tl.static_range(E2):
-                        qs = q2[e] * _stored(base + K_STEPS, g * KN + at2[e], s2 < K2P, FP8)[:, None]
-                        bias = tl.dot(tl.full([16, K2P], -1.5, tl.float16), qs, bias)
-                        e2 = e2 + (qs,)  # noqa: RUF005
+                    e2 = _times_steps(q2, base + K_STEPS, g * KN, at2, E2, FP8)
+                    bias = _add_offsets(bias, e2, 3, E2)
                 if K1:
-                    e1 = ()
-                    for e in tl.static_range(E1):
-                        qs = q1[e] * _stored(base + K_STEPS, g * KN + at1[e], s1 < K1P, FP8)[:, None]
-                        bias = tl.dot(tl.full([16, K1P], -0.5, tl.float16), qs, bias)
-                        e1 = e1 + (qs,)  # noqa: RUF005
+                    e1 = _times_steps(q1, base + K_STEPS, g * KN, at1, E1, FP8)
+                    bias = _add_offsets(bias, e1, 1, E1)
                 if K3:
-                    e3 = q3 * _stored(base + K_STEPS, g * KN + at3, s3 < K3P, FP8)[:, None]
-                    bias = tl.dot(tl.full([16, K3P], -1.0, tl.float16), e3, bias)
+                    e3 = _times_steps(q3, base + K_STEPS, g * KN, at3, E2, FP8)
+                    bias = _add_offsets(bias, e3, 2, E2)
                 bias = bias * by_step
                 if KC:
                     c = _stored(base + K_CENTRES, g * KC + sc, sc < KC, FP8)
@@ -449,15 +515,11 @@ def attend(q, q_axes, constant, row_scale, tiles, sink_k, sink_v, tail_k, tail_v
                 for j in tl.static_range(GF):
                     s = tl.zeros([16, ROWS], tl.float32)
                     if K2:
-                        for e in tl.static_range(E2):
-                            s = tl.dot(_codes(w2, (g * GF + j), e, 2, TOKENS), e2[e], s)
+                        s = _add_keys(s, w2, e2, g * GF + j, E2, 2, TOKENS)
                     if K1:
-                        for e in tl.static_range(E1):
-                            s = tl.dot(_codes(w1, (g * GF + j), e, 1, TOKENS), e1[e], s)
+                        s = _add_keys(s, w1, e1, g * GF + j, E1, 1, TOKENS)
                     if K3:
-                        s = tl.dot(
-                            _trits(base + K_TRIT, s3[None], ((g * GF + j) * 16 + i16)[:, None], K3, _bit((g * GF + j), TOKENS)), e3, s
-                        )
+                        s = _add_keys(s, w3, e3, g * GF + j, E2, 2, TOKENS)
                     s = s * (slope * (16777216.0 / (1 << _bit((g * GF + j), TOKENS))))[None] + bias
                     top = tl.maximum(top, s)
                     scores = scores + (s,)  # noqa: RUF005
@@ -470,17 +532,19 @@ def attend(q, q_axes, constant, row_scale, tiles, sink_k, sink_v, tail_k, tail_v
                 if V1:
                     acc1 = _scaled(acc1, alpha[None], E1)
                 if V3:
-                    acc3 *= alpha[None]
+                    acc3 = _scaled(acc3, alpha[None], E2)
                 if VC:
                     accc *= alpha[None]
                 if V2:
                     x2 = _words(base + V_TWO, u2[:, None], i16[None], V2, E2, V2P, 1, True)
                 if V1:
                     x1 = _words(base + V_ONE, u1[:, None], i16[None], V1, E1, V1P, 1, True)
+                if V3 and g == 0:
+                    x3 = _trit_words(base + V_TRIT, v_places, V3, E2, V3P)
                 total = tl.zeros([16, ROWS], tl.float32)
                 r2 = _zeros(E2 if V2 else 1, V2P if V2 else 16, ROWS)
                 r1 = _zeros(E1 if V1 else 1, V1P if V1 else 16, ROWS)
-                r3 = tl.zeros([V3P if V3 else 16, ROWS], tl.float32)
+                r3 = _zeros(E2 if V3 else 1, V3P if V3 else 16, ROWS)
                 for j in tl.static_range(GF):
                     # a common scale of 2^-9 for code * P: P = 2^(15 - bit) * 2^(score - maximum) fits fp16
                     p = tl.exp2(scores[j] - m[None] + (15 - _bit((g * GF + j), TOKENS))).to(tl.float16)
@@ -515,9 +579,7 @@ def attend(q, q_axes, constant, row_scale, tiles, sink_k, sink_v, tail_k, tail_v
                         if V1:
                             r1 = _add_values(r1, x1, p, (g * GF + j), E1, 1, TOKENS)
                         if V3:
-                            r3 = tl.dot(
-                                _trits(base + V_TRIT, u3[:, None], ((g * GF + j) * 16 + i16)[None], V3, _bit((g * GF + j), TOKENS)), p, r3
-                            )
+                            r3 = _add_values(r3, x3, p, (g * GF + j), E2, 2, TOKENS)
                 sums = tl.max(total, 0)  # all rows are equal
                 norm_sum += sums
                 if PER_TOKEN:
@@ -532,7 +594,7 @@ def attend(q, q_axes, constant, row_scale, tiles, sink_k, sink_v, tail_k, tail_v
                     if V1:
                         acc1 = _add_steps(acc1, r1, sums, 1, base + V_STEPS, g * VN, vat1, by, E1, FP8)
                     if V3:
-                        acc3 += (r3 * 512.0 - 1.0 * sums[None]) * (_stored(base + V_STEPS, g * VN + vat3, u3 < V3P, FP8) * by)[:, None]
+                        acc3 = _add_steps(acc3, r3, sums, 2, base + V_STEPS, g * VN, vat3, by, E2, FP8)
                     if VC:
                         accc += (
                             sums[None]
@@ -546,8 +608,8 @@ def attend(q, q_axes, constant, row_scale, tiles, sink_k, sink_v, tail_k, tail_v
             _store(row, acc1, u1, E1, V1P)
         row += E1 * V1P
         if V3:
-            tl.store(row + u3[:, None], acc3)
-        row += V3P
+            _store(row, acc3, u3, E2, V3P)
+        row += E2 * V3P
         if VC:
             tl.store(row + uc[:, None], accc)
     tl.store(stats + at * 4, m)
