@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from real_caches import real_caches
+from test_kernels_triton import TRITS
 
 from bitsandheads.methods import get_plan
 from bitsandheads.ops import backends, decode_attention, long_chunks, reference
@@ -74,6 +75,14 @@ def test_salient_tokens(backend: str) -> None:
     better = replace(quant, values=replace(quant.values, classes=(AxisClass(2, 1.0),)))
     one.extra = (head_set(better, 128, (0, 2), [0, 0], [4, 0], [0, 0], seed=1),)
     check(backend, [one, head_set(None, 128, (1,), [4, 4], [0, 0], [60, 40], window=30)], 21)
+
+
+@pytest.mark.parametrize("group", [4, 12])
+@pytest.mark.parametrize("tile", [128, 32, 16])
+def test_trits_beside_other_codes(tile: int, group: int) -> None:
+    """Ternary keys and values, in tiles whose words hold one slot and several, for one warp and for four."""
+    quant = replace(TRITS, tile=tile, group_size=min(tile, 32))
+    check("triton", [head_set(quant, 64, (0, 1), [6, 0], [33, 2], [140, 7])], 2 * group, dim=64)
 
 
 @pytest.mark.parametrize("queries", [2, 4, 8])
