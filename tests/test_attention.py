@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
+import bitsandheads as bh
 from bitsandheads.ops import HeadSet, _in_parts, chunks, decode_attention
 from bitsandheads.ops.chunks import attend_chunk
 from bitsandheads.ops.long_chunks import attend_long_chunk, covers
 from bitsandheads.ops.reference import decode_attention as reference
+from bitsandheads.ops.synthetic import head_set
 from bitsandheads.quant.codec import HalfCodec
 from bitsandheads.quant.spec import AxisClass, KVQuant, TensorQuant
 from bitsandheads.quant.tile import TileLayout
@@ -222,9 +224,21 @@ def test_a_long_chunk_in_blocks_is_the_chunk(layer: str, alike: bool, restored: 
     kv_heads = sum(len(s.kv_heads) for s in sets)
     for group, n in ((1, 8), (4, 5), (7, 1)):
         q = torch.randn(3, kv_heads * group, n, DIM, dtype=torch.float64)
-        got = attend_long_chunk(q, sets, 0.3, restored)
+        got = attend_long_chunk(q if group == 4 else q.mT.contiguous().mT, sets, 0.3, restored)
         torch.testing.assert_close(got, reference(q, sets, 0.3)[0], atol=1e-6, rtol=1e-5)
     assert not covers(q, "auto")
+
+
+@pytest.mark.parametrize("tiles", [[1, 1], [3, 1]], ids=str)
+@pytest.mark.parametrize("name", [name for name in bh.preset_names() if bh.get_plan(name).groups[0].quant is not None])
+def test_long_chunks_of_all_layouts(name: str, tiles: list[int]) -> None:
+    quant = bh.get_plan(name).groups[0].quant
+    s = head_set(quant, 64, (1, 0), [5, 5], tiles, [20, 20], torch.bfloat16, "cpu")
+    q = torch.randn(2, 6, 9, 64).bfloat16()
+    want = reference(q.double(), [s], 0.125)[0]
+    for restored in (1, 1 << 23):
+        got = attend_long_chunk(q, [s], 0.125, restored)
+        assert got.dtype is torch.bfloat16 and (got.double() - want).norm() < 4 * (want.bfloat16().double() - want).norm()
 
 
 def test_only_covered_chunks_go_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:

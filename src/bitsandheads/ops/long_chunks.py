@@ -41,13 +41,14 @@ def attend_block(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = F
     sequences only end to end and, from release to release, other arguments for fewer KV heads than query heads.
 
     Args:
-        q: [B, H, n, D]; k, v: [B, h, T, D], H a multiple of h.
+        q: [B, H, n, D]; k, v: [B, h, T, D], H a multiple of h; all with D contiguous.
         causal: the queries are those of the newest n of the T tokens and see what is not newer than they are; otherwise all see everything.
         window: newest tokens that a causal query sees, itself included; None: all.
     Returns:
         out [B, H, n, D] in q's dtype and lse [B, H, n] in float32 (float64 for float64 on a CPU).
     """
     n, total = q.shape[2], k.shape[2]
+    assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1  # on a CPU too: its tests watch over what the operator needs
     if q.is_cuda:
         left, right = -1 if window is None else window - 1, 0 if causal else -1
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
@@ -74,6 +75,7 @@ def attend_long_chunk(q: Tensor, sets: list[HeadSet], scale: float, restored: in
         [B, Hq, n, D], or None where some of the new tokens have filled up a sink, so that the tail does not hold them all.
     """
     batch, q_heads, n, _ = q.shape
+    q = q if q.stride(-1) == 1 else q.contiguous()
     group = q_heads // sum(len(s.kv_heads) for s in sets)
     lengths = torch.stack([part.lengths for s in sets for part in (s, *s.extra)]).tolist()  # one transfer; [parts][3][B]
     out = torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
@@ -135,5 +137,6 @@ def _history(
             blocks = -(-tiles * batch * heads * tokens * q.shape[3] // restored)
             for block in part.tiles[:, :, :tiles].chunk(blocks, 2):
                 keys, values = part.layout.split(block)
-                k = part.layout.keys.read(keys).flatten(2, 3).to(q.dtype)
-                yield turned, k, HalfCodec(part.layout.values).unpack(values, part.value_basis).to(q.dtype), raised
+                k = part.layout.keys.read(keys).flatten(2, 3)
+                v = HalfCodec(part.layout.values).unpack(values, part.value_basis)
+                yield turned, k.to(q.dtype).contiguous(), v.to(q.dtype).contiguous(), raised  # codes come token by token for each axis
