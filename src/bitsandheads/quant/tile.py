@@ -33,6 +33,11 @@ def _aligned(n: int) -> int:
     return -(-n // ALIGN) * ALIGN
 
 
+def _neighbours(axes: list[int]) -> slice | list[int]:
+    """The same axes as a slice where they follow each other: a list has to be copied to the device, which the host waits for."""
+    return slice(axes[0], axes[-1] + 1) if axes and axes[-1] - axes[0] == len(axes) - 1 else axes
+
+
 @dataclass(frozen=True)
 class Slot:
     """A run of slots in one plane: `count` slots from `first` that belong to the axes from `axis`, with this weight."""
@@ -220,7 +225,7 @@ class HalfLayout:
     def read(self, data: Tensor) -> Tensor:
         """uint8 [..., nbytes] -> restored axes, float32 [..., tokens, axes] (before any rotation back)."""
         codes = self.read_codes(data).transpose(-1, -2).float()  # [..., tokens, axes]
-        half = torch.tensor(self.top, dtype=torch.float32, device=data.device) / 2
+        half = torch.tensor(self.top, dtype=torch.float32).to(data.device, non_blocking=True) / 2  # the host waits for nothing
         steps, centres = self.read_metadata(data)
         lead = data.shape[:-1]
         if self.spec.per == "token":
@@ -234,8 +239,8 @@ class HalfLayout:
         y = (codes - half).unflatten(-2, (self.groups, self.group_size))  # [..., groups, G, axes]
         step = torch.zeros(*lead, self.groups, self.head_dim, device=data.device)
         centre = torch.zeros_like(step)
-        step[..., self.step_axes] = steps
-        centre[..., self.centre_axes] = centres
+        step[..., _neighbours(self.step_axes)] = steps
+        centre[..., _neighbours(self.centre_axes)] = centres
         return torch.addcmul(centre[..., None, :], y, step[..., None, :]).flatten(-3, -2)
 
 
