@@ -18,6 +18,8 @@ A row that fails is kept with its `error`; a cache that the plan's bytes say can
 holds are not measured again, so a job that is cut short goes on where it was. Those that failed for another cause than memory are, and so are those
 marked `again`, which an earlier version measured.
 
+Longer than other files: all kinds of rows share the prompts, the caches and the file that a cut job goes on from.
+
     python benchmarks/bench_generate.py --out benchmarks/results/generate-h100.json [--only REGEX] [--minutes N] [--device cpu --tiny]
     python benchmarks/bench_generate.py --out benchmarks/results/generate-h100.json --merge OTHER.json --commit HASH
 """

@@ -17,7 +17,7 @@ from .stores.tail import check_tensor
 from .stores.whole import WholeStore
 
 FORMAT = "bitsandheads-cache"
-VERSION = 1
+VERSION = 2  # 1: trits lay in another order
 
 
 def save_cache(cache: CompressedCache, path: str | Path) -> None:
@@ -81,9 +81,10 @@ def load_cache(path: str | Path, model: Any, backend: str = "auto", device: str 
             header = file.metadata() or {}
             if header.get("format") != FORMAT:
                 raise FileFormatError(f"{path} is a safetensors file, but not a cache of bitsandheads. Write caches with save_cache.")
-            if not header.get("version", "").isdigit() or int(header["version"]) > VERSION:
+            if header.get("version") != str(VERSION):
                 raise FileFormatError(
-                    f"{path} has cache version {header.get('version')!r}; this release reads up to {VERSION}. Update bitsandheads."
+                    f"{path} has cache version {header.get('version')!r}; this release reads version {VERSION}. Update bitsandheads if the file is newer; "
+                    "write it again with save_cache if it is older."
                 )
             made_for, given = json.loads(header["model"]), fingerprint(model)
             if made_for != given:

@@ -2,7 +2,8 @@
 
 `enable(model)` registers an attention function "bitsandheads_<base>" together with the base's mask function, and switches the
 model's text part to it. `CompressedCache` is a transformers Cache whose compressed layers hand the attention function a
-`LayerHandle` in place of keys and values; every other cache and every other layer type runs as before.
+`LayerHandle` in place of keys and values; every other cache and every other layer type runs as before. Longer than other files because no
+other one may import transformers' internals.
 """
 
 import weakref

@@ -2,6 +2,7 @@
 
 The source is compiled with NVRTC for the layout's tables (as constants), and the result is kept on disk under the hash of everything that
 went into it. Shape letters: B sequences, Hq query heads, h KV heads of a set, Q query tokens, D head_dim.
+Longer than other files: tables, bytes of shared memory and arguments mirror the source, and are read side by side with it.
 """
 
 import ctypes

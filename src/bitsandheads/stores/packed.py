@@ -1,4 +1,7 @@
-"""Quantized heads: sink | packed tiles, written once | residual of the newest tokens, whole."""
+"""Quantized heads: sink | packed tiles, written once | residual of the newest tokens, whole.
+
+Longer than other files: waiting, starting, packing, crop, fixed capacity and saving all work on the same counts and buffers.
+"""
 
 from dataclasses import dataclass, replace
 

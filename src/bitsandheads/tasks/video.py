@@ -3,6 +3,7 @@
 Everything about a clip is decided by its number through integer arithmetic, on any device: the same number gives the same
 clip, frames, questions and answers. A clip belongs to the test split if the hash of its contents says so, so that no test clip
 is ever trained on. Whole batches of clips are simulated and rendered at once, fast enough to train on without storing any.
+(Longer than other files: what happens in a clip, how it looks and what is asked go by one set of rules.)
 """
 
 from collections.abc import Callable, Iterator, Sequence
