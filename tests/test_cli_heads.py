@@ -12,7 +12,7 @@ import transformers
 from typer.testing import CliRunner
 
 import bitsandheads as bh
-from bitsandheads import HeadScores
+from bitsandheads import HeadScores, cli
 from bitsandheads.cli import app
 from bitsandheads.tasks import reasoning
 
@@ -115,3 +115,14 @@ def test_plan_shows_both_sparsities(folder: Path, tmp_path: Path) -> None:
     HeadScores(np.eye(3)).save(tmp_path / "s.tsv")
     with pytest.raises(bh.ModelMismatchError):
         invoke("plan", f"rlkv:{tmp_path / 's.tsv'}@0.5", "--model", folder)
+
+
+def test_what_users_type_is_printed_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for command in ("score", "train", "curriculum"):
+        assert "reasoning:SPLIT" in invoke("heads", command, "--help")  # ":train:" would be an emoji
+    monkeypatch.setattr(
+        sys, "argv", ["bitsandheads", "heads", "train", "--model", "x", "--problems", "[/a]:train:", "--output", str(tmp_path)]
+    )
+    with pytest.raises(SystemExit, match="2"):
+        cli.main()
+    assert "'[/a]:train:'" in capsys.readouterr().err

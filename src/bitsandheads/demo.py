@@ -1,5 +1,6 @@
 """`bitsandheads demo`: what each preset costs and keeps, on a real model and a real text, in one table."""
 
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from . import models
 from .eval import fidelity
@@ -99,8 +101,7 @@ def print_table(data: dict[str, Any], console: Console) -> None:
     for r in data["rows"]:
         table.add_row(
             r["plan"],
-            f"{r['bits_per_element_without_residual']:.2f}",
-            f"{r['basis_bits_per_element']:.2f}",
+            *("-" if math.isnan(r[bits]) else f"{r[bits]:.2f}" for bits in ("bits_per_element_without_residual", "basis_bits_per_element")),
             f"{r['bits_per_element']:.2f}",
             f"{r['bits_per_element_at_32k']:.2f}",
             f"{r['cache_bytes'] / 1e6:.1f}",
@@ -118,7 +119,7 @@ def print_table(data: dict[str, Any], console: Console) -> None:
         style="dim",
     )
     for name, text in data["continuations"].items():
-        console.print(f"[bold]{name}[/bold] ... {' '.join(text.split())}", highlight=False)
+        console.print(Text.assemble((name, "bold"), f" ... {' '.join(text.split())}"))
     console.print(f"{data['seconds']:.0f} s; {', '.join(f'{k} {v}' for k, v in data['versions'].items())}", style="dim")
 
 

@@ -72,13 +72,16 @@ def picture(frames: Tensor) -> Text:
 def print_table(data: dict[str, Any], samples: list[video.VideoSample], console: Console) -> None:
     """Print some frames and questions of the first clip, and the table."""
     console.print(
-        f"[bold]{data['model']}[/bold]: a clip of {FRAMES} frames, {data['visual_tokens']} visual tokens, packed before the question is read"
+        Text.assemble(
+            (data["model"], "bold"),
+            f": a clip of {FRAMES} frames, {data['visual_tokens']} visual tokens, packed before the question is read",
+        )
     )
     if console.color_system is not None:
         console.print(picture(video.frames_of(samples[:1])[0][:: FRAMES // SHOWN][:SHOWN]))
     for i, s in enumerate(samples[:SHOWN]):
         said = ", ".join(f"{plan} {answers[i]}" for plan, answers in data["answers"].items())
-        console.print(f"{s.prompt} [bold]{s.answer}[/bold]  [dim]{said}[/dim]", highlight=False)
+        console.print(Text.assemble(f"{s.prompt} ", (s.answer, "bold"), "  ", (said, "dim")))
     table = Table(title=f"{QUESTIONS} questions about {len({s.clip for s in samples})} clips", box=box.SIMPLE, padding=(0, 1, 0, 0))
     for name in ("plan", "bits", "at 32k", "MB each", "right", "95%"):
         table.add_column(name, justify="left" if name == "plan" else "right", no_wrap=True)

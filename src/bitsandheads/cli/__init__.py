@@ -1,7 +1,7 @@
 """The command line. Each module of this package registers its commands at `app` when it is imported here."""
 
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from ..errors import BitsAndHeadsError
 from . import basics, evaluate, gates, generate, heads, report  # noqa: F401
@@ -15,5 +15,5 @@ def main() -> None:
     try:
         app()
     except BitsAndHeadsError as error:
-        Console(stderr=True).print(f"[red]{type(error).__name__}[/red]: {escape(str(error))}", highlight=False, soft_wrap=True)
+        Console(stderr=True).print(Text.assemble((type(error).__name__, "red"), f": {error}"), soft_wrap=True)
         raise SystemExit(2) from error

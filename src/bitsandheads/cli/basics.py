@@ -33,12 +33,14 @@ def demo(
 @app.command()
 def presets() -> None:
     """All presets in a line each."""
+    from rich.text import Text
+
     from ..methods import get_plan, preset_names
     from ..plan import describe
 
     for name in preset_names():
         plan = get_plan(name)
-        console.print(f"[bold]{name:16}[/bold] {describe(plan.groups[0])}  [dim]{plan.note}[/dim]", highlight=False, soft_wrap=True)
+        console.print(Text.assemble((f"{name:16}", "bold"), f" {describe(plan.groups[0])}  ", (plan.note, "dim")), soft_wrap=True)
 
 
 @app.command()

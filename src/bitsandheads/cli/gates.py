@@ -9,13 +9,13 @@ from .base import console
 from .heads import heads_app
 
 Model = Annotated[str, typer.Option(help="Local folder or hub name of a causal language model.")]
-Problems = Annotated[str, typer.Option(help='File of JSON lines with "prompt" and "answer", or "reasoning:train:3000:0".')]
+Problems = Annotated[str, typer.Option(help='File of JSON lines with "prompt" and "answer", or "reasoning:SPLIT:N:SEED".')]
 Config = Annotated[Path | None, typer.Option(help="YAML or JSON file with hyper-parameters; what it does not set is the paper's.")]
 Chat = Annotated[bool | None, typer.Option(help="Put prompts into the model's chat template, or not.")]
 
 
 def _say(line: str) -> None:
-    console.print(line, highlight=False, soft_wrap=True, markup=False)
+    console.print(line, highlight=False, soft_wrap=True)
 
 
 def _numbers(text: str) -> tuple[int, ...]:

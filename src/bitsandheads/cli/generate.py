@@ -44,10 +44,10 @@ def generate(
             answer = session.ask(question, videos, images, max_new_tokens=max_new_tokens, packed_question=packed_question)
         answers.append(answer)
         if len(prompt) > 1:
-            console.print(f"[dim]{question}[/dim]", highlight=False)
-        console.print(answer.text, highlight=False, markup=False)
+            console.print(question, highlight=False, style="dim")
+        console.print(answer.text, highlight=False)
     for note in answers[0].notes:
-        console.print(f"[dim]Not read by torchcodec: {note}[/dim]", highlight=False, soft_wrap=True)
+        console.print(f"Not read by torchcodec: {note}", highlight=False, soft_wrap=True, style="dim")
     console.print(report(answers), highlight=False, soft_wrap=True, style="dim")
     if json is not None:
         write_json({"model": model, "plan": chosen.name, "answers": [dataclasses.asdict(a) for a in answers], "versions": versions()}, json)

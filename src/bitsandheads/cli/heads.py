@@ -39,11 +39,11 @@ def show(
     for name in ("model", "method", "sink", "recent", "data", "seed", "commit"):
         value = getattr(scores, name)
         if value not in ("", None):
-            console.print(f"{name:7} {value}", highlight=False, markup=False, emoji=False)
+            console.print(f"{name:7} {value}", highlight=False)
     console.print(drawing.terminal_map(scores, sparsity))
     if png is not None:
         drawing.save_picture(scores, sparsity, png)
-        console.print(f"wrote {png}", highlight=False, markup=False, emoji=False)
+        console.print(f"wrote {png}", highlight=False)
 
 
 @heads_app.command()
@@ -68,7 +68,8 @@ def score(
     model: Annotated[str, typer.Option(help='Local folder or hub name of a causal language model, or "smollm2".')],
     output: Annotated[Path, typer.Option(help="File for the head scores.")],
     problems: Annotated[
-        str | None, typer.Option(help='JSON lines with "prompt" and "answer", or "reasoning:train:64:0"; the model answers them greedily.')
+        str | None,
+        typer.Option(help='JSON lines with "prompt" and "answer", or "reasoning:SPLIT:N:SEED"; the model answers them greedily.'),
     ] = None,
     text: Annotated[Path | None, typer.Option(help="Instead of problems: a text file.")] = None,
     count: Annotated[int, typer.Option(min=1, help="Use the first so many problems, or so many pieces of the text.")] = 64,
@@ -91,7 +92,7 @@ def score(
 
     if method is Method.random:
         h.random_scores(load_config(model), seed, name=model, commit=commit() or "").save(output)
-        console.print(f"wrote {output}", highlight=False, markup=False, emoji=False)
+        console.print(f"wrote {output}", highlight=False)
         return
     if (problems is None) == (text is None):
         raise PlanError("Give either --problems or --text.")
@@ -113,4 +114,4 @@ def score(
             name=model, data=str(text or problems), commit=commit() or "", extra={"sequences": len(sequences)},
         )  # fmt: skip
     scores.save(output)
-    console.print(f"wrote {output}", highlight=False, markup=False, emoji=False)
+    console.print(f"wrote {output}", highlight=False)
