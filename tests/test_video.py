@@ -5,6 +5,7 @@ import itertools
 import json
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,9 @@ def works(name: str) -> bool:
 
 READERS = [
     "pyav",
-    pytest.param("torchcodec", marks=pytest.mark.skipif(not works("torchcodec.decoders"), reason="torchcodec or FFmpeg is not installed")),
+    pytest.param(
+        "torchcodec", marks=pytest.mark.skipif(bool(video._missing("torchcodec")), reason="torchcodec or FFmpeg is not installed")
+    ),
 ]
 needs_torchvision = pytest.mark.skipif(not works("torchvision"), reason="transformers' video processors need torchvision")
 
@@ -90,6 +93,13 @@ def test_fallback_says_why(clip: tuple[Path, torch.Tensor], monkeypatch: pytest.
     assert got.reader == "pyav" and "torchcodec cannot be loaded" in got.note
     with pytest.raises(video.VideoReaderError, match=r"torchcodec cannot be loaded.*bitsandheads\[video\]"):
         video.read_video(clip[0], 4, "torchcodec")
+    decoders = types.ModuleType("torchcodec.decoders")
+    without_ffmpeg = types.ModuleType("torchcodec")
+    without_ffmpeg.__dict__.update(decoders=decoders, ffmpeg_major_version=None)
+    monkeypatch.setitem(sys.modules, "torchcodec", without_ffmpeg)
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", decoders)
+    got = video.read_video(clip[0], 4)
+    assert got.reader == "pyav" and got.note == "torchcodec cannot be loaded (FFmpeg's libraries are not found)"
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(video.VideoReaderError, match=r"torchcodec cannot be loaded.*pyav cannot be loaded"):
         video.read_video(clip[0], 4)

@@ -114,10 +114,13 @@ def _missing(reader: str) -> str:
     """Why a reader cannot be used here; "" if it can."""
     try:
         if reader == "torchcodec":
-            import torchcodec.decoders  # noqa: F401
+            import torchcodec.decoders
+
+            if getattr(torchcodec, "ffmpeg_major_version", 0) is None:  # newer releases import without FFmpeg and fail at the first file
+                raise RuntimeError("FFmpeg's libraries are not found")
         else:
             import av  # noqa: F401
-    except (ImportError, RuntimeError, OSError) as error:  # torchcodec raises RuntimeError where FFmpeg's libraries are not found
+    except (ImportError, RuntimeError, OSError) as error:  # older torchcodec without FFmpeg: RuntimeError
         return f"{reader} cannot be loaded ({str(error).strip().splitlines()[0]})"
     return ""
 
