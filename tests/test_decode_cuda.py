@@ -34,6 +34,11 @@ MIXED = KVQuant(  # ternary axes between others, a group for each tile of 64 tok
     TensorQuant((AxisClass(2, 1.0),)), TensorQuant((AxisClass(2, 0.25), AxisClass("ternary", 0.5, levels="ternary", centre=False), AxisClass(1, 0.25))),
     tile=64, group_size=64, metadata="fp8",
 )  # fmt: skip
+KIVI = get_plan("kivi-2-sink").groups[0].quant
+THREE_BITS = KVQuant(  # values for each token without centres, in both planes
+    TensorQuant((AxisClass(2, 1.0),)), TensorQuant((AxisClass(3, 1.0, centre=False),), per="token"), tile=64, group_size=32, metadata="fp8"
+)
+ONE_BIT = KVQuant(TensorQuant((AxisClass(2, 1.0),)), TensorQuant((AxisClass(1, 1.0, "minmax"),), per="token"), tile=32, group_size=32)
 SMALL = KVQuant(TensorQuant((AxisClass(2, 1.0),)), TensorQuant((AxisClass(2, 1.0),)), tile=32, group_size=32, metadata="fp8")
 
 
@@ -49,7 +54,9 @@ def _compile(text: str, folder: Path) -> ctypes.CDLL:
     library = source.with_suffix(".so")
     if not library.exists():
         source.write_text(text)
-        subprocess.run([str(COMPILER), "-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-o", str(library), str(source)], check=True)
+        subprocess.run(
+            [str(COMPILER), "-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-fno-gnu-unique", "-o", str(library), str(source)], check=True
+        )
     return ctypes.CDLL(str(library))
 
 
@@ -128,6 +135,23 @@ def test_windows_and_query_tokens(emulate, monkeypatch: pytest.MonkeyPatch) -> N
 def test_layouts(emulate, quant: KVQuant, dtype: torch.dtype) -> None:
     emulate(3)
     check([heads(quant, 128, (0,), [3, 0], [5, 2], [20, 7], dtype=dtype)], 4, dtype=dtype)
+
+
+@pytest.mark.parametrize("quant", [KIVI, THREE_BITS, ONE_BIT], ids=["kivi", "three bits", "one bit"])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_values_for_each_token(emulate, quant: KVQuant, dim: int) -> None:
+    emulate(3)
+    check([heads(quant, dim, (0,), [3, 0], [5, 2], [20, 7])], 4, dim=dim)
+
+
+@pytest.mark.parametrize("size", [1e-6, 3e3])
+def test_values_for_each_token_of_many_sizes(emulate, size: float) -> None:
+    """Steps that are subnormal in fp16, and such that overflow it times a probability; some tokens a thousand times smaller than others."""
+    emulate(2)
+    keys, values = torch.randn(2, 1, 1, 384, 128)
+    values *= size
+    values[:, :, ::5] *= 1e-3
+    check([heads(KIVI, 128, (0,), [0], [3], [0], packed=(keys, values))], 4)
 
 
 def test_salient_tokens(emulate) -> None:

@@ -41,7 +41,9 @@ def compiled(tmp_path: Path) -> Callable[[str], ctypes.CDLL]:
         source = tmp_path / f"{len(list(tmp_path.iterdir()))}.cpp"  # a loaded library's name cannot be used again
         library = source.with_suffix(".so")
         source.write_text((HERE / "threads.h").read_text() + text)
-        subprocess.run([str(COMPILER), "-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-o", str(library), str(source)], check=True)
+        subprocess.run(
+            [str(COMPILER), "-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-fno-gnu-unique", "-o", str(library), str(source)], check=True
+        )
         return ctypes.CDLL(str(library))
 
     return build

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from real_caches import real_caches
+from test_decode_cuda import KIVI, THREE_BITS
 from test_kernels_triton import TRITS
 
 from bitsandheads.methods import get_plan
@@ -56,13 +57,15 @@ def test_lengths(backend: str, tails: list[int], tiles: list[int]) -> None:
     check(backend, [head_set(BALANCED, 128, (0, 1, 2), [6, 6], tiles, tails)], 21)
 
 
-@pytest.mark.parametrize("quant", [MINMAX, FINE, SMALL], ids=["minmax", "fine", "small tiles"])
+@pytest.mark.parametrize(
+    "quant", [MINMAX, FINE, SMALL, KIVI, THREE_BITS], ids=["minmax", "fine", "small tiles", "kivi", "three bits a token"]
+)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_layouts(backend: str, quant: KVQuant, dtype: torch.dtype) -> None:
     check(backend, [head_set(quant, 128, (0, 1), [32, 0], [9, 3], [140, 7], dtype)], 8, dtype=dtype)
 
 
-@pytest.mark.parametrize("preset", ["balanced", "extreme", "vidkv-1.25/1.58", "vidkv-1.5/1.58", "vidkv-2/1.58", "kivi-2"])
+@pytest.mark.parametrize("preset", ["balanced", "extreme", "vidkv-1.25/1.58", "vidkv-1.5/1.58", "vidkv-2/1.58", "vidkv-2/2"])
 def test_presets(preset: str) -> None:
     quant = get_plan(preset).groups[0].quant
     check("auto", [head_set(quant, 128, (0, 1), [32, 0], [9, 3], [140, 7])], 8)

@@ -68,8 +68,8 @@ def unsupported(q: Tensor, sets: list[HeadSet]) -> str | None:
 @lru_cache(maxsize=256)
 def _unsupported_layout(layout: TileLayout) -> str | None:
     for half in (layout.keys, layout.values):
-        if half.spec.per == "token":
-            return f'{half.kind} with per="token"'
+        if half.spec.per == "token" and half.kind == "keys":
+            return 'keys with per="token"'
         if half.trit_axes[1] and half.kind == "keys":
             return "keys as trits"
         if half.tokens not in (32, 64, 128):
@@ -125,6 +125,7 @@ def _namespace(half: HalfLayout, base: int, tables: list[str]) -> str:
     for bits in (2, 1):
         constants |= {f"C{bits}": _columns(half, bits), f"E{bits}": _slots_per_word(half, bits)}
     constants |= {"C3": half.trit_axes[1] // _slots_per_word(half, 2), "E3": _slots_per_word(half, 2)}
+    constants["TOKEN_TOP"] = half.top[0] if half.spec.per == "token" else 0
     numbers = "constexpr int " + ", ".join(f"{k} = {v}" for k, v in constants.items()) + ";"
     return "\n".join([f"namespace {half.kind} {{", numbers, _basis_flags(half), *tables, "}"])
 

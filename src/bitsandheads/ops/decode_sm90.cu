@@ -15,7 +15,8 @@
 //
 // Generated in front of this file (cuda_decode.py): HEAD_DIM, MODEL_FP16, GROUP, N_QUERY, WARPS, STAGES, HAS_TILES, SHARED_BYTES, PARAMS_BYTES; of the layout FIELDS, GROUPS,
 // META_FP8, CENTRE_RESIDUAL, TILE_BYTES, QUERY_PEAK, K_PAIRS and K_CENTRES; and the namespaces keys and values: byte offsets TWO, ONE, TRITS, STEPS, CENTRES, FACTORS; N_STEPS,
-// N_CENTRES; word columns C2, C1, C3 (of trits) and slots per word E2, E1, E3; which parts of a basis there are (MATRIX, RESIDUAL, ORDER, MEAN, NOISE); and tables.
+// N_CENTRES; word columns C2, C1, C3 (of trits) and slots per word E2, E1, E3; TOKEN_TOP, the largest code of values whose steps and centres belong to a token and 32 channels (0: to a
+// channel and a group of tokens); which parts of a basis there are (MATRIX, RESIDUAL, ORDER, MEAN, NOISE); and tables.
 // keys: of every *pair* of k-chunks (32 slots: a block of 32 word columns, one slot of each word) and l4 the lane's words and step (reads), first axis and weight (axis,
 // weight; after the pairs: of the centres). values: of every run of 8 slots (two-bit ones, one-bit ones, trits) the axes' run, log2 of the weight and the run of the steps (run_axis, run_shift,
 // run_step); of every run of axes the run of its centres (or -1), and whether it has slots (centre_run, coded).
@@ -305,8 +306,11 @@ __device__ __forceinline__ const u16* query(const Params& p, const Head& head, i
 // ---- shared memory of attend ----------------------------------------------------------------------------------------------------------------
 #if HAS_TILES
 constexpr int HEAD_FRAGMENTS = (K_PAIRS + K_CENTRES * (CENTRE_RESIDUAL ? 2 : 1)) * 512;
-constexpr int KEY_NUMBERS = GROUPS * (keys::N_STEPS + keys::N_CENTRES), VALUE_NUMBERS = GROUPS * (values::N_STEPS + values::N_CENTRES);
-constexpr int NUMBERS_BYTES = (META_FP8 ? KEY_NUMBERS * 2 : 0) + VALUE_NUMBERS * 4;
+constexpr bool PER_TOKEN = values::TOKEN_TOP > 0;
+constexpr int VALUE_GROUPS = PER_TOKEN ? 1 : GROUPS;
+constexpr int TOKENS = FIELDS * 16, TOKEN_ROW = (TOKENS + 16) * 2;   // bytes of a block's steps or centres for each token: no bank conflicts
+constexpr int KEY_NUMBERS = GROUPS * (keys::N_STEPS + keys::N_CENTRES), VALUE_NUMBERS = VALUE_GROUPS * (values::N_STEPS + values::N_CENTRES);
+constexpr int NUMBERS_BYTES = (META_FP8 ? KEY_NUMBERS * 2 : 0) + (PER_TOKEN ? VALUE_NUMBERS / TOKENS * TOKEN_ROW : VALUE_NUMBERS * 4);
 constexpr int TRIT_WORDS = values::C3 * 16, TRIT_UNIT = 10;   // words of trits; words of 16 bytes
 constexpr int DECODED_BYTES = NUMBERS_BYTES + (TRIT_WORDS + TRIT_UNIT - 1) / TRIT_UNIT * TRIT_UNIT * 2;
 static_assert(NUMBERS_BYTES % 16 == 0, "words of trits begin at 16 bytes");
@@ -320,7 +324,7 @@ struct Prefetch {
 };
 union WarpShared {
   float red[ROWS][ROW];               // the warp's partial result, at the end of a segment
-  __align__(16) u8 decoded[DECODED_BYTES];   // of the tile in work: steps and centres of the keys as fp16 (if they are fp8), of the values as float32; words of trits
+  __align__(16) u8 decoded[DECODED_BYTES];   // of the tile in work: steps and centres of the keys as fp16 (if they are fp8), of the values as float32, or for each token as fp16; words of trits
 };
 struct Shared {
   __align__(16) u8 head[HEAD_FRAGMENTS];   // the query of the head in work as operand B, weights of the slots folded in; for the centres as it is
@@ -501,7 +505,7 @@ __device__ __forceinline__ void decode_metadata(u32 tile, u32 decoded, int lane)
     decoded += KEY_NUMBERS * 2;
   }
   #pragma unroll
-  for (int i0 = 0; i0 < VALUE_NUMBERS; i0 += 256) {
+  for (int i0 = 0; i0 < VALUE_NUMBERS && !PER_TOKEN; i0 += 256) {
     const int i = i0 + lane * 8, j = i - GROUPS * values::N_STEPS;
     const bool centre = j >= 0;
     if (i < VALUE_NUMBERS) {
@@ -516,6 +520,35 @@ __device__ __forceinline__ void decode_metadata(u32 tile, u32 decoded, int lane)
     }
   }
   __syncwarp();
+}
+
+// Steps or centres of the values for each token and block of 32 channels -> fp16 [block][token], divided by a power of two so that all are below 1: times a probability they fit fp16.
+// Returns what undoes that.
+__device__ __forceinline__ float decode_token_numbers(u32 from, u32 to, int lane) {
+  constexpr int NUMBERS = TOKENS * KV, ROUNDS = (NUMBERS + 255) / 256;   // of them 8 for each lane
+  u32 x[ROUNDS][4], largest = 0;
+  #pragma unroll
+  for (int r = 0; r < ROUNDS; r++) {
+    x[r][0] = x[r][1] = x[r][2] = x[r][3] = 0;
+    if (r * 256 + lane * 8 < NUMBERS) four_fp16x2(from + (r * 256 + lane * 8) * META, x[r]);
+    #pragma unroll
+    for (int k = 0; k < 4; k++) largest = max(largest, max(x[r][k] & 0x7fff, x[r][k] >> 16 & 0x7fff));
+  }
+  const int exponent = __reduce_max_sync(ALL, largest) >> 10;
+  const u32 divide = (exponent < 29 ? 29 - exponent << 10 : 0x200 >> exponent - 29) * 0x10001;   // fp16 2^(14 - exponent), twice
+  #pragma unroll
+  for (int r = 0; r < ROUNDS; r++) {
+    const int token = (r * 256 + lane * 8) / KV;
+    #pragma unroll
+    for (int k = 0; k < 4; k++) x[r][k] = mul_fp16x2(x[r][k], divide);
+    if (token < TOKENS)
+      #pragma unroll
+      for (int pair = 0; pair < 4 / KV; pair++)
+        #pragma unroll
+        for (int b = 0; b < KV; b++)
+          sts32(to + b * TOKEN_ROW + (token + 2 * pair) * 2, __byte_perm(x[r][(2 * pair * KV + b) / 2], x[r][((2 * pair + 1) * KV + b) / 2], b & 1 ? 0x7632 : 0x5410));
+  }
+  return __uint_as_float((u32)(127 + exponent - 14) << 23);
 }
 
 // Two bytes of trits, each in 16 bits, as five two-bit codes each: byte + q_1 + 4 q_2 + 16 q_3 + 64 q_4 with q_n = byte / 3^n (quant/planes.py).
@@ -662,6 +695,7 @@ struct Packed {                       // a warp's state over the packed tiles of
   float m0, m1, l0, l1;               // lane's query rows 2 l4, 2 l4 + 1: maximum (log2) and sum
   bool first;
   float acc[D / 8][2];                // [run of 8 axes][row]: axis 8 run + i8
+  float bias[2];                      // [row], PER_TOKEN: what all axes of block i8 % 4 get, of its steps (i8 < 4) or centres
   u32 head;                           // the lane's part of the query's fragments in shared memory
   float s0, s1;                       // what undoes the scaling of the rows, times the scale of the scores
   u32 reads[K_PAIRS];                 // of the lane: byte offset of its words in a tile, number of its step << 16
@@ -677,6 +711,7 @@ __device__ __forceinline__ void start_head(const Shared& sm, Packed& st, int lan
     for (int e = 0; e < plane_slots(block); e++) st.reads[pair_index(block, e)] = keys::reads[pair_index(block, e) * 4 + l4] + row * row_bytes(block);
   st.m0 = st.m1 = st.l0 = st.l1 = 0.f;
   st.first = true;
+  st.bias[0] = st.bias[1] = 0.f;
   #pragma unroll
   for (int i = 0; i < D / 8; i++) st.acc[i][0] = st.acc[i][1] = 0.f;
 }
@@ -782,6 +817,41 @@ __device__ __forceinline__ void probabilities(const float (&s)[FIELDS][4], const
   }
 }
 
+// Steps and centres of a tile's values for each token.
+struct TokenNumbers {
+  u32 at;                             // of the steps in shared memory, [block][token]; the centres follow
+  float step, centre;                 // what undoes their scaling
+  __device__ __forceinline__ uint2 load(int row, int f, int l4) const { return lds64(at + row * TOKEN_ROW + (f * 16 + l4 * 4) * 2); }   // of the lane's tokens in B
+};
+// Probabilities of field f times the steps of a block of 32 channels. Whoever asks for the same block again gets what is there.
+struct StepProducts {
+  u32 p[2];
+  int block = -1;
+  __device__ __forceinline__ void make(const u32 (&from)[2], const TokenNumbers& numbers, int of, int f, int l4) {
+    if (block == of) return;
+    const uint2 step = numbers.load(of, f, l4);
+    p[0] = mul_fp16x2(from[0], step.x);
+    p[1] = mul_fp16x2(from[1], step.y);
+    block = of;
+  }
+};
+// bias += sums over the tokens of P * step * -top / 2 and P * centre: rows 0 .. 3 of A are the blocks' steps, rows 4 .. 7 their centres
+__device__ __forceinline__ void add_bias(Packed& st, const TokenNumbers& numbers, const u32 (&pb)[FIELDS][2], int i8, int l4) {
+  const int block = i8 & 3, is_centre = i8 >> 2;
+  const bool there = block < KV && (!is_centre || values::N_CENTRES > 0);
+  float parts[DIRECT][4] = {};                                // sums of the fields of one bit
+  #pragma unroll
+  for (int f = 0; f < FIELDS; f++) {
+    const uint2 x = there ? numbers.load(is_centre * KV + block, f, l4) : make_uint2(0, 0);
+    mma_fp16(parts[f < DIRECT ? f : f - DIRECT], x.x, 0, x.y, 0, pb[f][0], pb[f][1]);
+  }
+  const float unit = is_centre ? numbers.centre : -0.5f * values::TOKEN_TOP * numbers.step;
+  #pragma unroll
+  for (int i = 0; i < DIRECT; i++)
+    #pragma unroll
+    for (int row = 0; row < 2; row++) st.bias[row] = fmaf(parts[i][row], unit * (power2(i * FIELD_BITS) / SUBNORMAL), st.bias[row]);
+}
+
 // One 16-slot row block of a value plane: its words in a lane, and the sums of P * code for its slots.
 enum Plane { TWO, ONE, TRITS };       // trits are decoded into words of two-bit codes 0, 1, 2
 template <Plane PLANE>
@@ -801,21 +871,28 @@ struct ValueRows {
     for (int e = 0; e < E; e++) r[e][0] = r[e][1] = r[e][2] = r[e][3] = 0.f;
   }
   __device__ __forceinline__ void shift() { x[0].x >>= UPPER_SHIFT; x[0].y >>= UPPER_SHIFT; x[1].x >>= UPPER_SHIFT; x[1].y >>= UPPER_SHIFT; }
-  __device__ __forceinline__ void multiply(int f, const u32 (&p)[2]) {
+  __device__ __forceinline__ void multiply(int f, const u32 (&p)[2], int mt, const TokenNumbers& numbers, StepProducts& products, int l4) {
     #pragma unroll
     for (int e = 0; e < E; e++) {
       const u32 mask = (BITS == 2 ? 0x00030003u : 0x00010001u) << (field_bit(f) + e * BITS);
-      mma_fp16(r[e], x[0].x & mask, x[1].x & mask, x[0].y & mask, x[1].y & mask, p[0], p[1]);
+      if (PER_TOKEN) products.make(p, numbers, values::run_axis[FIRST_RUN + (e * C + mt * 16) / 8] / 4, f, l4);   // 16 slots lie in one block of 32 axes
+      mma_fp16(r[e], x[0].x & mask, x[1].x & mask, x[0].y & mask, x[1].y & mask, PER_TOKEN ? products.p[0] : p[0], PER_TOKEN ? products.p[1] : p[1]);
     }
   }
   // numbers: steps, then centres of the values as float32; an axis gets its centre with its slot of weight 1
-  __device__ __forceinline__ void add(Packed& st, u32 numbers, int mt, int g, const float (&sums)[2], int i8) const {
+  __device__ __forceinline__ void add(Packed& st, u32 numbers, float token_step, int mt, int g, const float (&sums)[2], int i8) const {
     #pragma unroll
     for (int e = 0; e < E; e++)
       #pragma unroll
       for (int h = 0; h < 2; h++)
         if (mt * 16 + h * 8 < C) {
           const int run = FIRST_RUN + (e * C + mt * 16 + h * 8) / 8, axis = values::run_axis[run], centre = values::centre_run[axis];
+          if (PER_TOKEN) {                                    // the steps are in the probabilities, the rest is in bias
+            const float scale = token_step * power2(values::run_shift[run] - e * BITS);
+            st.acc[axis][0] = fmaf(r[e][2 * h], scale, st.acc[axis][0]);
+            st.acc[axis][1] = fmaf(r[e][2 * h + 1], scale, st.acc[axis][1]);
+            continue;
+          }
           const float step = lds_float(numbers + (g * values::N_STEPS + values::run_step[run] * 8 + i8) * 4);
           const float scale = step * power2(values::run_shift[run] - e * BITS);
           float bias = step * (-MIDDLE * power2(values::run_shift[run]));
@@ -828,7 +905,7 @@ struct ValueRows {
 
 // acc += P . values for N2, N1 and N3 row blocks of the two-bit plane from A2, the one-bit plane from A1 and the trits from A3: N2 * E2 + N1 * E1 + N3 * E3 independent chains of MMAs
 template <int A2, int N2, int A1, int N1, int A3, int N3>
-__device__ __forceinline__ void value_rows(Packed& st, u32 tile, u32 numbers, u32 trits, const u32 (&pb)[FIELDS][2], const float (&sums)[GROUPS][2], int i8, int l4) {
+__device__ __forceinline__ void value_rows(Packed& st, u32 tile, u32 numbers, u32 trits, const TokenNumbers& of_token, const u32 (&pb)[FIELDS][2], const float (&sums)[GROUPS][2], int i8, int l4) {
   ValueRows<TWO> two[N2 > 0 ? N2 : 1];
   ValueRows<ONE> one[N1 > 0 ? N1 : 1];
   ValueRows<TRITS> three[N3 > 0 ? N3 : 1];
@@ -839,7 +916,7 @@ __device__ __forceinline__ void value_rows(Packed& st, u32 tile, u32 numbers, u3
   #pragma unroll
   for (int i = 0; i < N3; i++) three[i].load(trits, A3 + i, i8, l4);
   #pragma unroll
-  for (int g = 0; g < GROUPS; g++) {
+  for (int g = 0; g < VALUE_GROUPS; g++) {
     #pragma unroll
     for (int i = 0; i < N2; i++) two[i].start();
     #pragma unroll
@@ -847,37 +924,45 @@ __device__ __forceinline__ void value_rows(Packed& st, u32 tile, u32 numbers, u3
     #pragma unroll
     for (int i = 0; i < N3; i++) three[i].start();
     #pragma unroll
-    for (int f0 = 0; f0 < GROUP_FIELDS; f0++) {
-      const int f = g * GROUP_FIELDS + f0;
+    for (int f0 = 0; f0 < FIELDS / VALUE_GROUPS; f0++) {
+      const int f = g * (FIELDS / VALUE_GROUPS) + f0;
+      StepProducts products;
       #pragma unroll
-      for (int i = 0; i < N2; i++) { if (f == DIRECT) two[i].shift(); two[i].multiply(f, pb[f]); }
+      for (int i = 0; i < N2; i++) { if (f == DIRECT) two[i].shift(); two[i].multiply(f, pb[f], A2 + i, of_token, products, l4); }
       #pragma unroll
-      for (int i = 0; i < N1; i++) { if (f == DIRECT) one[i].shift(); one[i].multiply(f, pb[f]); }
+      for (int i = 0; i < N1; i++) { if (f == DIRECT) one[i].shift(); one[i].multiply(f, pb[f], A1 + i, of_token, products, l4); }
       #pragma unroll
-      for (int i = 0; i < N3; i++) { if (f == DIRECT) three[i].shift(); three[i].multiply(f, pb[f]); }
+      for (int i = 0; i < N3; i++) { if (f == DIRECT) three[i].shift(); three[i].multiply(f, pb[f], A3 + i, of_token, products, l4); }
     }
     #pragma unroll
-    for (int i = 0; i < N2; i++) two[i].add(st, numbers, A2 + i, g, sums[g], i8);
+    for (int i = 0; i < N2; i++) two[i].add(st, numbers, of_token.step, A2 + i, g, sums[g], i8);
     #pragma unroll
-    for (int i = 0; i < N1; i++) one[i].add(st, numbers, A1 + i, g, sums[g], i8);
+    for (int i = 0; i < N1; i++) one[i].add(st, numbers, of_token.step, A1 + i, g, sums[g], i8);
     #pragma unroll
-    for (int i = 0; i < N3; i++) three[i].add(st, numbers, A3 + i, g, sums[g], i8);
+    for (int i = 0; i < N3; i++) three[i].add(st, numbers, of_token.step, A3 + i, g, sums[g], i8);
   }
 }
 __device__ __forceinline__ constexpr int at_most(int a, int b) { return a < b ? (a > 0 ? a : 0) : b; }
 __device__ __forceinline__ constexpr int row_blocks(int slots) { return slots >= 4 ? 1 : 4 / slots; }   // of a plane that go together
 template <int A2, int A1, int A3>
-__device__ __forceinline__ void all_value_rows(Packed& st, u32 tile, u32 numbers, u32 trits, const u32 (&pb)[FIELDS][2], const float (&sums)[GROUPS][2], int i8, int l4) {
+__device__ __forceinline__ void all_value_rows(Packed& st, u32 tile, u32 numbers, u32 trits, const TokenNumbers& of_token, const u32 (&pb)[FIELDS][2], const float (&sums)[GROUPS][2], int i8, int l4) {
   constexpr int MT2 = tiles16(values::C2), MT1 = tiles16(values::C1), MT3 = tiles16(values::C3);
   constexpr int STEP2 = row_blocks(values::E2), STEP1 = row_blocks(values::E1), STEP3 = row_blocks(values::E3);
   if constexpr (A2 < MT2 || A1 < MT1 || A3 < MT3) {
-    value_rows<A2, at_most(MT2 - A2, STEP2), A1, at_most(MT1 - A1, STEP1), A3, at_most(MT3 - A3, STEP3)>(st, tile, numbers, trits, pb, sums, i8, l4);
-    all_value_rows<A2 + STEP2, A1 + STEP1, A3 + STEP3>(st, tile, numbers, trits, pb, sums, i8, l4);
+    value_rows<A2, at_most(MT2 - A2, STEP2), A1, at_most(MT1 - A1, STEP1), A3, at_most(MT3 - A3, STEP3)>(st, tile, numbers, trits, of_token, pb, sums, i8, l4);
+    all_value_rows<A2 + STEP2, A1 + STEP1, A3 + STEP3>(st, tile, numbers, trits, of_token, pb, sums, i8, l4);
   }
 }
 
 __device__ __forceinline__ void attend_tile(Packed& st, u32 tile, u32 decoded, int lane) {
   const int i8 = lane >> 2, l4 = lane & 3;
+  const u32 numbers = decoded + (META_FP8 ? KEY_NUMBERS * 2 : 0);   // of the values
+  TokenNumbers of_token = {numbers, 1.f, 1.f};
+  if (PER_TOKEN) {
+    const u32 factors = META_FP8 ? lds32(tile + values::FACTORS) : ONES;
+    of_token.step = decode_token_numbers(tile + values::STEPS, numbers, lane) * fp16_to_float((u16)factors);
+    if (values::N_CENTRES) of_token.centre = decode_token_numbers(tile + values::CENTRES, numbers + KV * TOKEN_ROW, lane) * fp16_to_float((u16)(factors >> 16));
+  }
   if (values::C3) decode_trits(tile, decoded + NUMBERS_BYTES, lane);
   decode_metadata(tile, decoded, lane);
   float s[FIELDS][4], slope[GROUPS][2], offset[GROUPS][2], sums[GROUPS][2];
@@ -904,6 +989,7 @@ __device__ __forceinline__ void attend_tile(Packed& st, u32 tile, u32 decoded, i
       for (int g = 0; g < GROUPS; g++) { offset[g][0] -= x0; offset[g][1] -= x1; }
       #pragma unroll
       for (int i = 0; i < D / 8; i++) { st.acc[i][0] *= a0; st.acc[i][1] *= a1; }
+      st.bias[0] *= a0; st.bias[1] *= a1;
       st.first = false;
     }
     probabilities(s, slope, offset, pb, sums);
@@ -913,7 +999,7 @@ __device__ __forceinline__ void attend_tile(Packed& st, u32 tile, u32 decoded, i
     raise = __any_sync(ALL, too_large);
     if (!raise) break;
   }
-  const u32 numbers = decoded + (META_FP8 ? KEY_NUMBERS * 2 : 0);
+  if (PER_TOKEN) add_bias(st, of_token, pb, i8, l4);
   #pragma unroll
   for (int g = 0; g < GROUPS; g++) {
     st.l0 += sums[g][0]; st.l1 += sums[g][1];
@@ -925,15 +1011,22 @@ __device__ __forceinline__ void attend_tile(Packed& st, u32 tile, u32 decoded, i
         st.acc[axis][1] = fmaf(sums[g][1], c, st.acc[axis][1]);
       }
   }
-  all_value_rows<0, 0, 0>(st, tile, numbers, decoded + NUMBERS_BYTES, pb, sums, i8, l4);
+  all_value_rows<0, 0, 0>(st, tile, numbers, decoded + NUMBERS_BYTES, of_token, pb, sums, i8, l4);
 }
 
 __device__ __forceinline__ void store_state(const Packed& st, Shared& sm, int w, int lane) {
   const int i8 = lane >> 2, l4 = lane & 3;
+  float bias[KV][2] = {};
+  #pragma unroll
+  for (int row = 0; row < 2 && PER_TOKEN; row++) {
+    const float both = st.bias[row] + __shfl_xor_sync(ALL, st.bias[row], 16);   // of steps and centres
+    #pragma unroll
+    for (int b = 0; b < KV; b++) bias[b][row] = __shfl_sync(ALL, both, b * 4 + l4);
+  }
   #pragma unroll
   for (int axis = 0; axis < D / 8; axis++) {
-    sm.warp[w].red[l4 * 2][axis * 8 + i8] = st.acc[axis][0];
-    sm.warp[w].red[l4 * 2 + 1][axis * 8 + i8] = st.acc[axis][1];
+    sm.warp[w].red[l4 * 2][axis * 8 + i8] = st.acc[axis][0] + bias[axis / 4][0];
+    sm.warp[w].red[l4 * 2 + 1][axis * 8 + i8] = st.acc[axis][1] + bias[axis / 4][1];
   }
   if (i8 == 0) {
     sm.max[w][l4 * 2] = st.first ? NEVER : st.m0 + P_SHIFT; sm.max[w][l4 * 2 + 1] = st.first ? NEVER : st.m1 + P_SHIFT;
