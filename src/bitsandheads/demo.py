@@ -79,7 +79,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
 
 @torch.no_grad()
 def continue_greedily(model: Any, cache: CompressedCache, ids: torch.Tensor, tokens: int) -> list[int]:
-    """Greedy tokens after everything that the cache holds; the cache grows."""
+    """Greedy tokens after everything that the cache holds; the cache grows. ids: int64 [1, N], of which the last is not in the cache yet."""
     out: list[int] = []
     last = ids[:, -1:].to(model.device)
     with enabled(model):

@@ -21,6 +21,9 @@ class Window:
 
     A query at real position t sees the tokens j <= t with j < sink or j > t - recent (StreamingLLM, arXiv 2309.17453; RLKV,
     arXiv 2510.08525). The prompt itself is processed with full attention.
+
+    Raises:
+        PlanError: sink is no whole number of at least 0, or recent none of at least 1.
     """
 
     sink: int = 32
@@ -41,6 +44,8 @@ class HeadGroup:
         kv_heads: their indices, or None for all heads of the layer.
         window: keep only sink and recent tokens, or None for all tokens.
         quant: how tokens are coded, or None for the model's dtype. A group has a window or a quantizer, not both.
+    Raises:
+        PlanError: both, or heads that are named twice or not at all.
     """
 
     kv_heads: tuple[int, ...] | None = None
@@ -103,6 +108,8 @@ class CachePlan:
         layers: layer index -> head groups of that layer.
         note: where the plan comes from (paper, search, head scores).
         strict: `layers` must name exactly the compressed layers of the model, as in plans from head scores, which belong to one model.
+    Raises:
+        PlanError: a layer without head groups. Whether heads and layers exist is seen when the plan meets a model, see `resolve`.
     """
 
     name: str
@@ -156,7 +163,7 @@ class CachePlan:
 
     @classmethod
     def load(cls, path: str | Path) -> "CachePlan":
-        """Read a plan file."""
+        """Read a plan file. Raises PlanError where it is none, OSError where it cannot be read."""
         try:
             text = Path(path).read_text("utf-8")
         except UnicodeDecodeError as error:
@@ -198,6 +205,7 @@ class CachePlan:
         """Bytes in use of a cache that holds `tokens` unpadded tokens for each of `batch` sequences.
 
         Args:
+            config: a transformers configuration, or a list of LayerShape, here and below.
             itemsize: bytes of an element of the model's dtype. Layers that transformers' own classes keep are not counted.
             generated: how many of the tokens came one at a time after the prompt.
         """

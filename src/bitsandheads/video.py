@@ -367,7 +367,7 @@ class Session:
         return torch.isin(ids, torch.tensor([k for k in kinds if k is not None], dtype=ids.dtype, device=ids.device))
 
     def prepare(self, prompt: str, clips: Sequence[Clip] = (), pictures: Sequence[Any] = ()) -> dict[str, Tensor]:
-        """Begin a turn: the arguments of the model, with the ids of all turns and the pixels of this one."""
+        """Begin a turn: the arguments of the model, input_ids int64 [1, tokens of all turns] and, as the processor makes them, this turn's pixels."""
         content: Any = [{"type": "video"} for _ in clips] + [{"type": "image"} for _ in pictures] + [{"type": "text", "text": prompt}]
         self.messages.append({"role": "user", "content": content if self.sees else prompt})
         whole = self.processor.apply_chat_template(self.messages, add_generation_prompt=True, tokenize=False)

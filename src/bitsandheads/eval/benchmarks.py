@@ -62,7 +62,11 @@ class Benchmark:
     max_new_tokens: int
 
     def rows(self, file: Path | None) -> list[Row]:
-        """Its rows: from a file of JSON lines of the same form, or from the hub."""
+        """Its rows: from a file of JSON lines of the same form, or from the hub.
+
+        Raises:
+            TaskError: the file, or the package datasets, is missing, or the hub does not give the rows.
+        """
         if file is not None:
             return _read_lines(file)
         try:

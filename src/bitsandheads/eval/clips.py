@@ -18,7 +18,7 @@ from .tasks import Task
 
 
 def pixels(frames: Tensor) -> Tensor:
-    """uint8 frames -> what the tiny model's processor makes of them: -1 to 1, float32."""
+    """Frames uint8 [..., 3, SIZE, SIZE] -> what the tiny model's processor makes of them: float32 of the same shape, -1 to 1."""
     return (frames.float() / 255 - 0.5) / 0.5
 
 
@@ -46,7 +46,11 @@ def left_padded(tokenizer: Any, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
 
 
 def encode(config: Any, tokenizer: Any, samples: Sequence[video.VideoSample], device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """`<user> clip question <assistant> answer <end> | <user> question <assistant>`, with padding after the clip and after the bar."""
+    """`<user> clip question <assistant> answer <end> | <user> question <assistant>`, with padding after the clip and after the bar.
+
+    Returns:
+        input_ids and attention_mask int64 [B, N] on the CPU, pixel_values_videos float32 [B, T, 3, SIZE, SIZE] on `device`.
+    """
     first, first_mask = left_padded(tokenizer, [f"{q} <assistant> {a} <end>" for q, a in (s.before for s in samples)])
     last, last_mask = left_padded(tokenizer, [f"<user> {s.prompt} <assistant>" for s in samples])
     user = torch.full((len(samples), 1), tokenizer.convert_tokens_to_ids("<user>"))
@@ -71,6 +75,13 @@ def ask_packed(model: Any, inputs: Mapping[str, Tensor], cache: Any, config: Any
 
     Questions in a row about the same clip and first turn share one reading of them: what is packed is then repeated for each.
     A plan that protects tokens by given scores gets random ones for the clip's tokens.
+
+    Args:
+        inputs: see `encode`.
+        cache: an empty cache of transformers or of ours.
+        config: a GenerationConfig.
+    Returns:
+        int64 [B, N + new tokens]: prompts and answers.
     """
     ids, mask, frames = inputs["input_ids"], inputs["attention_mask"], inputs["pixel_values_videos"]
     ends = (ids == model.generation_config.eos_token_id).nonzero()[:, 1]

@@ -48,7 +48,11 @@ class Reference:
 
 
 def token_ids(tokenizer: Any, text: str, context: int, tokens: int, offset: int = 0) -> Tensor:
-    """The first context + tokens + 1 tokens of a text, from token `offset` on; TextTooShortError if there are fewer."""
+    """The first context + tokens + 1 tokens of a text, from token `offset` on: int64 [1, that many].
+
+    Raises:
+        TextTooShortError: there are fewer.
+    """
     ids: Tensor = tokenizer(text, return_tensors="pt").input_ids[:, offset:]
     need = context + tokens + 1
     if ids.shape[1] < need:

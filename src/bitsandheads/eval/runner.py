@@ -170,7 +170,15 @@ def batches(task: Task, rows: Sequence[Sequence[int]] | None, batch_size: int) -
 
 
 def through_transformers(model: Any, inputs: Mapping[str, Tensor], cache: Any, config: Any) -> Tensor:
-    """Answers by the model's own `generate` with this cache. As in use, the first token comes from the prompt in full precision."""
+    """Answers by the model's own `generate` with this cache. As in use, the first token comes from the prompt in full precision.
+
+    Args:
+        inputs: input_ids and attention_mask int64 [B, N], left-padded, and what else the model takes.
+        cache: an empty cache of transformers or of ours.
+        config: a GenerationConfig.
+    Returns:
+        int64 [B, N + new tokens]: prompts and answers.
+    """
     with enabled(model):
         return model.generate(**inputs, past_key_values=cache, generation_config=config)
 
@@ -178,6 +186,8 @@ def through_transformers(model: Any, inputs: Mapping[str, Tensor], cache: Any, c
 @torch.no_grad()
 def behind_packed_prompt(model: Any, inputs: Mapping[str, Tensor], cache: Any, config: Any) -> Tensor:
     """The same after the prompt but its last token was read and packed, so that the first token, too, comes from the packed cache.
+
+    Arguments and result as in `through_transformers`.
 
     Raises:
         TaskError: prompts of more than text.

@@ -28,6 +28,8 @@ def rlkv(scores: HeadScores, sparsity: float, window: Window = DEFAULT, name: st
         sparsity: share of the model's KV heads, 0 to 1. What it saves in bytes depends on the length: see CachePlan.sparsity.
         window: sink and recent tokens of a windowed head; the paper's own is Window(16, 64).
         name: of the plan; None: from the scores' method, the sparsity and the window.
+    Raises:
+        PlanError: the sparsity is not in [0, 1].
     """
     return compose(CachePlan("", (HeadGroup(),)), scores, sparsity, window, name)
 

@@ -51,7 +51,7 @@ def _shared(half: HalfLayout) -> int:
 
 
 def unsupported(x: Tensor, half: HalfLayout, weight: Tensor | None) -> str | None:
-    """Why this half of tiles cannot be packed here, or None. Reads shapes, strides and addresses only."""
+    """Why this half of tiles (tokens x [B, h, C, D], weight [B, h, C] or None) cannot be packed here, or None. Reads no elements."""
     if x.device.type != "cuda" or torch.cuda.get_device_capability(x.device) < (8, 0):
         return "a device that is no GPU of compute capability 8.0 or above"
     if x.dtype != torch.bfloat16:

@@ -10,7 +10,7 @@ from ..quant.tile import TileLayout
 
 
 def numbers_on(device: torch.device, values: list[int] | list[list[int]]) -> Tensor:
-    """int32 numbers on a device. The copy is queued behind what runs there, and the host does not wait."""
+    """int32 numbers [n] or [rows, n] on a device. The copy is queued behind what runs there, and the host does not wait."""
     return torch.tensor(values, dtype=torch.int32).to(device, non_blocking=True)
 
 

@@ -31,7 +31,7 @@ def kernels_failed(error: Exception, what: str, backend: str) -> None:
 
 
 def packing_backend(x: Tensor, backend: str) -> str:
-    """Who packs tokens like x: "triton" or "reference".
+    """Who packs tokens like x [B, h, C, D]: "triton" or "reference".
 
     Raises:
         BackendError: a backend was named that cannot run here or does not cover these tokens.

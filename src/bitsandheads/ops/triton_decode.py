@@ -33,7 +33,7 @@ FAR_BACK = 1 << 30
 
 
 def unsupported(q: Tensor, sets: list[HeadSet]) -> str | None:
-    """Why these inputs cannot run here, or None. Reads shapes and dtypes only."""
+    """Why these inputs (q [B, Hq, Q, D]) cannot run here, or None. Reads shapes and dtypes only."""
     if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"dtype {q.dtype}"
     for s in sets:

@@ -22,7 +22,7 @@ PARTS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}  # bfloat16 numb
 
 
 def unsupported(x: Tensor) -> str | None:
-    """Why these tokens cannot be packed here, or None."""
+    """Why these tokens [B, h, C, D] cannot be packed here, or None."""
     if x.dtype not in PARTS:
         return f"dtype {x.dtype}"
     return "tokens whose channels are not neighbours in memory" if x.stride(-1) != 1 else None

@@ -1,7 +1,5 @@
 """Fit steps, centres and codes: x' = centre + step * (code - top / 2) for each axis and group."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -10,8 +8,6 @@ from .spec import AxisClass
 GAMMA = 0.7  # ternary threshold over mean|x| (VidKV)
 # Optimal uniform steps for a normal distribution, in standard deviations (Max, 1960); refined by least squares on the codes
 GAUSSIAN_STEP = {1: 1.596, 2: 0.9957, 3: 0.5860, 4: 0.3352, 5: 0.1881, 6: 0.1041}
-
-Round = Callable[[Tensor], Tensor]
 
 
 def fit(y: Tensor, cls: AxisClass, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:

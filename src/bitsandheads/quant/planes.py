@@ -115,7 +115,7 @@ def pack_value_plane(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack_value_plane(data: Tensor, bits: int, tokens: int) -> Tensor:
-    """Inverse of `pack_value_plane`."""
+    """Inverse of `pack_value_plane`: uint8 [..., plane_bytes] -> codes uint8 [..., slots (and empty ones), tokens]."""
     words = data.contiguous().view(torch.int16).unflatten(-1, (-1, ROWS))
     return _from_words(words, bits, tokens)
 

@@ -50,6 +50,8 @@ class AxisClass:
             (threshold gamma * mean|x|, least-squares step; VidKV, arXiv 2503.16257, section 3.3, with its scale mended).
         centre: whether a centre is stored for each axis and group; without it codes lie around the head's own mean
             (or around zero), at no cost. A 0-bit axis with a centre restores to the group's mean.
+    Raises:
+        PlanError: a value that is not allowed, or bits and levels that do not go together.
     """
 
     bits: int | Literal["ternary"]
@@ -91,6 +93,8 @@ class TensorQuant:
             from the newest queries (the rest is the same for all tokens); tokens packed later count alike.
         noise_correction: keys, "principal" only: codes have less variance than the keys they stand for, so exp(q . k) is
             underestimated; packed scores are raised by this share of half the variance of the error of scale * q . k.
+    Raises:
+        PlanError: shares that do not sum to 1, or options that do not go together.
     """
 
     classes: tuple[AxisClass, ...]
@@ -123,11 +127,6 @@ class TensorQuant:
         if self.last_class_only and self.transform not in ("hadamard", "dct", "fourier"):
             raise PlanError('TensorQuant.last_class_only needs transform "hadamard", "dct" or "fourier".')
 
-    @property
-    def nominal_bits(self) -> float:
-        """Bits of the codes alone, as papers count them (ternary as 1.58)."""
-        return sum(c.share * (1.58 if c.bits == TERNARY else float(c.bits)) for c in self.classes)
-
 
 @dataclass(frozen=True)
 class Salience:
@@ -139,6 +138,8 @@ class Salience:
             embedding with the text tokens' (the paper's way, see methods.vidkv.semantic_scores; the first chunk of a prompt, of which the
             model must be given the `input_ids`); "given": scores handed to the cache with `set_token_scores`.
         classes: the classes of a salient token's values; the transform is that of the other tokens.
+    Raises:
+        PlanError: a value that is not allowed.
     """
 
     share: float
@@ -175,6 +176,8 @@ class KVQuant:
             rotations rest on enough of them; later groups keep the basis that was found then.
         metadata: "fp16" or "fp8" (e4m3 with one fp16 factor for each head, group and array).
         salience: prompt tokens whose values get more bits, or None.
+    Raises:
+        PlanError: a value that is not allowed, or options that do not go together.
     """
 
     keys: TensorQuant

@@ -276,7 +276,7 @@ class TileLayout:
 
     @classmethod
     def of(cls, quant: KVQuant, head_dim: int, values: TensorQuant | None = None) -> "TileLayout":
-        """The tile of `quant` (with other classes for the values, for salient tokens)."""
+        """The tile of `quant` for heads of `head_dim` channels. values: in place of quant.values, for salient tokens."""
         half = lambda kind, spec: HalfLayout(kind, spec, head_dim, quant.tile, quant.group_size, quant.metadata)  # noqa: E731
         return cls(half("keys", quant.keys), half("values", values or quant.values))
 

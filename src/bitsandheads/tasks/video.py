@@ -144,7 +144,9 @@ def simulate(ids: Tensor, frames: int) -> tuple[Scenes, Tensor, Tensor]:
         ids: int64 [N], on the device where everything is made.
         frames: T, at least 8.
     Returns:
-        scenes, whether each is possible (nothing appears on top of another shape) [N], and its content's hash [N].
+        scenes, whether each is possible (nothing appears on top of another shape) bool [N], and its content's hash int64 [N].
+    Raises:
+        VideoTaskError: fewer than 8 frames.
     """
     if frames < 8:
         raise VideoTaskError(f"frames is {frames}; a clip needs at least 8.")
@@ -224,6 +226,8 @@ def clips(split: Split, numbers: Tensor, frames: int) -> Scenes:
 
     Args:
         numbers: int64 [N].
+    Raises:
+        VideoTaskError: no such split, or fewer than 8 frames.
     """
     if split not in ("train", "test"):
         raise VideoTaskError(f'split is {split!r}; allowed are "train" and "test".')
@@ -527,7 +531,11 @@ def _turn(asked: Questions, n: int, q: int) -> tuple[str, str, str]:
 
 
 def frames_of(samples: Sequence[VideoSample], device: torch.device | str = "cpu") -> Tensor:
-    """The clips of samples that are equally long, uint8 [B, T, 3, SIZE, SIZE]."""
+    """The clips of samples that are equally long, uint8 [B, T, 3, SIZE, SIZE].
+
+    Raises:
+        VideoTaskError: they are not equally long.
+    """
     lengths = {s.clip[1] for s in samples}
     if len(lengths) != 1:
         raise VideoTaskError(f"The samples' clips have {sorted(lengths)} frames; render those of one length together.")
