@@ -1,13 +1,9 @@
 """The Triton decode kernels in Triton's CPU interpreter, against the reference in float64 on the same bytes."""
 
-import importlib.util
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
-import pytest
 import torch
+from interpreter import needs_interpreter, run_under_interpreter
 from real_caches import real_caches
 
 from bitsandheads.methods import get_plan
@@ -24,13 +20,6 @@ TRITS = KVQuant(
     TensorQuant((AxisClass(3, 0.5), AxisClass("ternary", 0.125, "ternary", centre=False), AxisClass(1, 0.375))),
     metadata="fp8",
 )
-
-
-def interpreter_works() -> bool:
-    """Triton's interpreter turns one-element arrays into Python numbers, which numpy 2.4 and later refuse."""
-    import numpy
-
-    return tuple(map(int, numpy.__version__.split(".")[:2])) < (2, 4)
 
 
 CASES = {
@@ -84,12 +73,9 @@ def salient_part() -> None:
     assert ((got.double() - want).norm() / want.norm()) < 1e-3 and (lse - want_lse).abs().max() < 5e-3
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-@pytest.mark.skipif(not interpreter_works(), reason="Triton's interpreter needs numpy below 2.4")
+@needs_interpreter
 def test_interpreter() -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_under_interpreter(__file__)
 
 
 def test_operator() -> None:

@@ -1,13 +1,11 @@
 """Packing and appending: the ops on a CPU, and their Triton kernels in Triton's interpreter against the PyTorch reference on the same tokens."""
 
 import importlib.util
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
+from interpreter import needs_interpreter, run_under_interpreter
 from torch import Tensor
 
 from bitsandheads import ops
@@ -458,19 +456,9 @@ def run_cases() -> None:
     check_life(balanced, 16, torch.float32, "cpu", 260, [1, 1, 40, 5], window=True)
 
 
-def interpreter_works() -> bool:
-    """Triton's interpreter turns one-element arrays into Python numbers, which numpy 2.4 and later refuse."""
-    import numpy
-
-    return tuple(map(int, numpy.__version__.split(".")[:2])) < (2, 4)
-
-
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-@pytest.mark.skipif(not interpreter_works(), reason="Triton's interpreter needs numpy below 2.4")
+@needs_interpreter
 def test_interpreter() -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_under_interpreter(__file__)
 
 
 if __name__ == "__main__":
