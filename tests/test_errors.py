@@ -105,6 +105,27 @@ def test_cache_of_another_model(other: dict) -> None:
         model(tm.tokens(1, 5), past_key_values=cache)
 
 
+def test_cache_of_a_model_with_fewer_layers() -> None:
+    cache = bh.CompressedCache("bf16", tm.make("llama"))
+    with pytest.raises(bh.ModelMismatchError, match=r"asks for layer 2; this cache was made for 2 layers\. Make the cache from"):
+        tm.make("llama", num_hidden_layers=3)(tm.tokens(1, 5), past_key_values=cache)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("Qwen/Qwen2.5-7B", "str 'Qwen/Qwen2.5-7B' is no model or configuration of transformers"),
+        (None, "is no model or configuration"),
+        (transformers.MambaConfig(), "A mamba model has no attention heads"),
+        (transformers.Gemma3nTextConfig(), "attend to the keys of other layers"),
+    ],
+    ids=["name", "none", "mamba", "gemma3n"],
+)
+def test_what_has_no_cache_to_compress(given, said: str) -> None:
+    with pytest.raises(bh.PlanError, match=said):
+        bh.CompressedCache("balanced", given)
+
+
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("plan", ["bf16", "balanced"])
 def test_attention_that_was_not_switched_on(implementation: str, plan: str) -> None:

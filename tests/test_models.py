@@ -369,6 +369,41 @@ def test_only_the_text_part_is_switched(name: str) -> None:
     assert model.config.get_text_config()._attn_implementation == "sdpa"
 
 
+# -- modes of PyTorch ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("capacity", [None, 120])
+@pytest.mark.parametrize("plan", ["bf16", MIXED, small("balanced")], ids=lambda p: getattr(p, "name", p))
+def test_inference_mode_for_the_prompt_only(plan: "str | bh.CachePlan", capacity: int | None) -> None:
+    model, logits = tm.make("llama"), []
+    for mode in (torch.no_grad, torch.inference_mode):
+        cache = bh.CompressedCache(plan, model, capacity=capacity)
+        with mode():
+            model(tm.tokens(2, 60), past_key_values=cache)
+            model(tm.tokens(2, 1), past_key_values=cache)
+        with torch.no_grad():
+            cache.crop(-1)
+            cache.reorder_cache(torch.tensor([1, 0]))
+            logits.append(torch.cat([model(tm.tokens(2, 1, seed=i), past_key_values=cache).logits for i in range(20)], 1))
+    assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_autocast(implementation: str) -> None:
+    """Keys leave RoPE in another dtype than values there. Attention is computed in autocast's dtype, as DynamicCache has it."""
+    model = tm.make("llama")
+    bh.disable(model)
+    model.set_attn_implementation(implementation)
+    bh.enable(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        tm.same(model, tm.left_padded([150, 145]), "bf16")
+        for plan in (MIXED, small("balanced")):
+            whole, fixed = (
+                tm.generate(model, tm.left_padded([150, 145]), bh.CompressedCache(plan, model, capacity=n), new=20)[1] for n in (None, 170)
+            )
+            torch.testing.assert_close(fixed[:, 1], whole[:, 1], atol=0.1, rtol=0.1)
+
+
 # -- switching on and off ------------------------------------------------------------------------------------------------------------
 
 

@@ -106,6 +106,22 @@ def test_whole_tokens_in_a_dtype_of_their_own(tmp_path: Path) -> None:
     assert loaded.memory().in_use == cache.memory().in_use
 
 
+@pytest.mark.parametrize("capacity", [None, 64])
+def test_padding_of_whole_heads(capacity: int | None, tmp_path: Path) -> None:
+    """A cache of fixed capacity stores none, a growing one on a CPU stores it: both files are read."""
+    model = tm.make("llama")
+    cache = bh.CompressedCache("bf16", model, capacity=capacity)
+    tm.generate(model, tm.left_padded([20, 7]), cache, new=4)
+    bh.save_cache(cache, tmp_path / "c")
+    mask = torch.ones(2, 24, dtype=torch.long)
+    mask[1, :13] = 0
+    step = {"input_ids": tm.tokens(2, 1), "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1)[:, -1:]}
+    loaded = bh.load_cache(tmp_path / "c", model)
+    assert loaded.memory_bytes() == cache.memory_bytes()
+    got, want = model(**step, past_key_values=loaded).logits, model(**step, past_key_values=cache).logits
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["gemma3", "qwen2.5-vl", "mistral-sliding"])
 def test_layers_that_transformers_keeps(name: str, tmp_path: Path) -> None:
     model, inputs = tm.make(name), tm.inputs_for(tm.tokens(2, 40))

@@ -11,6 +11,7 @@ from .errors import AttentionNotEnabledError, CacheStateError, ModelMismatchErro
 from .ops.append import MAX_NEW
 from .ops.chunks import attend_chunk
 from .ops.heads import HeadSet
+from .ops.modes import plain
 from .ops.step import LayerStep
 from .plan import HeadGroup, LayerShape
 from .stores.base import Memory, Prompt, Store
@@ -145,6 +146,7 @@ class CompressedLayer:
                 "batch_select_indices to change the batch, or reset() to start anew."
             )
 
+    @plain
     def make_stores(self, k: Tensor, v: Tensor) -> None:
         """Make empty stores for tensors like k and v [B, H_kv, any, D]."""
         k, v = k.to(self.dtype or k.dtype), v.to(self.dtype or v.dtype)
@@ -163,6 +165,7 @@ class CompressedLayer:
     def _pick(self, x: Tensor, heads: tuple[int, ...]) -> Tensor:
         return x if len(heads) == x.shape[1] and heads == tuple(range(x.shape[1])) else x[:, list(heads)]
 
+    @plain
     def attend(self, q: Tensor, mask: Tensor | None, chunk: ChunkMask, scale: float, base: BaseAttention) -> Tensor:
         """Attention of the staged chunk over everything, then packing.
 
@@ -283,6 +286,7 @@ class CompressedLayer:
 
     # -- fixed capacity (see fixed.py) ------------------------------------------------------------------------------------------------
 
+    @plain
     def fix(self, capacity: int) -> None:
         """Put everything into buffers for `capacity` tokens of each sequence, and make `step`, which works on them without the host."""
         if not all(store.steady for store in self.stores):
@@ -295,12 +299,14 @@ class CompressedLayer:
         if like.is_cuda:
             self.step.warm(like.new_zeros(self.batch, self.shape.q_heads, 1, self.shape.head_dim), self.shape.kv_heads)
 
+    @plain
     def settle(self) -> None:
         """After steps: let packed tiles leave the tails, on the device."""
         like = self.stores[0].tail.k
         nothing = like.new_empty(like.shape[0], self.shape.kv_heads, 0, like.shape[3])
         ops.append(nothing, nothing, [store.growing(0) for store in self.stores], self.backend)
 
+    @plain
     def adopt(self, counts: list[list[list[int]]], tokens: int) -> None:
         """Take over the device's counts [stores, 4, B] after `tokens` steps."""
         for store, own in zip(self.stores, counts, strict=True):
@@ -310,6 +316,7 @@ class CompressedLayer:
         if self.scores is not None:
             self.scores = [torch.cat([s, s.new_full((tokens,), -torch.inf)]) for s in self.scores]
 
+    @plain
     def start(self) -> None:
         """Pack the sequences that have become long enough for it, as `attend` does after a chunk."""
         for store in self.stores:
@@ -324,6 +331,7 @@ class CompressedLayer:
         if 0 < remove < self.tokens:
             self._crop(remove, check=True)
 
+    @plain
     def crop(self, remove: int) -> None:
         """Forget the newest `remove` logical tokens. Raises CacheStateError, and changes nothing, where that is impossible."""
         if remove <= 0:
@@ -363,6 +371,7 @@ class CompressedLayer:
         """Forget everything."""
         self.stores, self.segments, self.staged, self.token_scores, self.scores, self.step = [], [], None, None, None, None
 
+    @plain
     def select(self, index: Tensor) -> None:
         """Keep these sequences, in this order."""
         rows = index.cpu()

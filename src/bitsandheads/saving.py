@@ -138,7 +138,10 @@ def _restore_layer(layer: CompressedLayer, state: dict[str, Any], tensors: dict[
         if segment.valid is not None:
             check_tensor("valid", segment.valid, (layer.batch, segment.tokens), torch.bool)
     real, logical = layer.real_tokens(), [layer.tokens] * layer.batch
+    whole = all(isinstance(store, WholeStore) for store in layer.stores)
     for store in layer.stores:
+        if isinstance(store, WholeStore) and real != logical:  # with a capacity, or on a GPU, no padding was stored
+            store.keep_padding = whole and store.appended() == logical
         expected = logical if isinstance(store, WholeStore) and store.keep_padding else real
         if store.appended() != expected:
             raise ValueError(f"KV heads {store.kv_heads} hold {store.appended()} tokens of {expected}")

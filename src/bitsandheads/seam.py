@@ -9,13 +9,13 @@ other one may import transformers' internals.
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, update_wrapper
 from types import TracebackType
 from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, GenerationMixin
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_masks_for_generate
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -23,7 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .errors import AttentionNotEnabledError, CacheStateError, ModelMismatchError, PlanError, ShapeError
 from .fixed import FixedCapacity, no_room
 from .gates.attention import HeadGates
-from .graphs import CapturedSteps
+from .graphs import COLUMNS, CapturedSteps
 from .layer import ChunkMask, CompressedLayer, read_mask
 from .methods import get_plan
 from .methods.vidkv import semantic_scores
@@ -41,14 +41,22 @@ REFUSED = ("softcap", "s_aux", "position_bias")  # attention extras that the ops
 
 def text_config(config: Any) -> Any:
     """The configuration of the decoder's text part, of a model or of its configuration."""
-    config = getattr(config, "config", config)
-    return config.get_text_config(decoder=True)
+    found = getattr(config, "config", config)
+    if not hasattr(found, "get_text_config"):
+        raise PlanError(
+            f"{type(config).__name__} {str(config)[:80]!r} is no model or configuration of transformers; load one, for example with "
+            "AutoConfig.from_pretrained."
+        )
+    return found.get_text_config(decoder=True)
 
 
 def layer_shapes(config: Any) -> list[LayerShape]:
     """The shape of every layer; layers that are not plain full attention are marked as not compressed."""
     text = text_config(config)
-    q_heads = text.num_attention_heads
+    q_heads = getattr(text, "num_attention_heads", None)
+    if not q_heads or getattr(text, "num_kv_shared_layers", None):
+        what = "layers that attend to the keys of other layers (num_kv_shared_layers)" if q_heads else "no attention heads"
+        raise PlanError(f"A {text.model_type} model has {what}; its cache cannot be compressed. Use DynamicCache.")
     kv_heads = getattr(text, "num_key_value_heads", None) or q_heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // q_heads
     layers = DynamicCache(config=text).layers
@@ -118,6 +126,12 @@ class LayerHandle:
         next(a for a in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(a, cls))._refuse()
 
 
+def _cast(x: Tensor) -> Tensor:
+    """Under autocast in its dtype, as attention casts it: there RoPE leaves queries and keys in another dtype than values."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
 def _attention(base_name: str) -> Any:
     def forward(
         module: torch.nn.Module, query: Tensor, key: Any, value: Any, attention_mask: Tensor | None, **kwargs: Any
@@ -128,7 +142,7 @@ def _attention(base_name: str) -> Any:
         extra = [name for name in REFUSED if kwargs.get(name) is not None]
         if extra:
             raise PlanError(f"This model's attention uses {', '.join(extra)}, which compressed layers do not support. Use DynamicCache.")
-        scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
+        scale, query = kwargs.get("scaling") or query.shape[-1] ** -0.5, _cast(query)
         if key.token is not None and key.layer.step is not None:
             return key.layer.step(query, *key.token, scale), None
         chunk = key.masks.read(attention_mask, query.shape[2])
@@ -179,16 +193,37 @@ def _step_masks(model: Any, others: Callable[..., Any], **kwargs: Any) -> Any:
     """`create_masks_for_generate`, which `generate` calls before each compiled step: a step of fixed capacity needs no mask.
 
     The padding mask is looked at in the first step of a call of `generate`; its loop then adds columns of ones. To look again would cost a transfer.
+    Newer transformers (5.23) gives no mask where nothing is padded; then the clock tells whether there is room.
     """
     cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
-    if isinstance(cache, CompressedCache) and cache.fixed is not None and mask is not None and mask.ndim == 2:
-        cache.fixed.before(kwargs["inputs_embeds"].shape[1])
-        if cache.fixed.running:
-            _check_step(cache.fixed.capacity, mask, looked_at=id(model) in _CALLS and not kwargs.get("is_first_iteration", True))
+    if isinstance(cache, CompressedCache) and cache.fixed is not None and (mask is None or mask.ndim == 2):
+        fixed, steps = cache.fixed, _CALLS.get(id(model))
+        counted = None if steps is None else steps.counted(fixed)
+        fixed.before(kwargs["inputs_embeds"].shape[1], counted)
+        if fixed.running:
+            _check_step(fixed.capacity, mask, looked_at=steps is not None and not kwargs.get("is_first_iteration", True))
+            if mask is None:
+                fixed.check_room((int(fixed.clock) if counted is None else counted) + 1)
             return None
     return others(**kwargs)
 
 
+def _step_inputs(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """`prepare_inputs_for_generation`, which `generate` calls before each step: steps that are captured know where their inputs are."""
+    steps = _CALLS.get(id(model))
+    if steps is None or len(args) != 1 or kwargs.get("next_sequence_length") != 1 or kwargs.get("is_first_iteration"):
+        return PREPARE(model, *args, **kwargs)
+    inputs = steps.refill(args[0], kwargs)
+    if inputs is None:
+        inputs = PREPARE(model, *args, **kwargs)
+        if getattr(inputs.get("past_key_values"), "running", False):  # transformers 5.17 leaves some whole: another shape in each step
+            whole = {name: x for name, x in inputs.items() if name in COLUMNS and isinstance(x, Tensor) and x.shape[-1] > 1}
+            inputs |= {name: x[..., -1:].clone() for name, x in whole.items()}
+        steps.prepared = set(kwargs), set(inputs)
+    return inputs
+
+
+PREPARE = GenerationMixin.prepare_inputs_for_generation
 _CALLS: weakref.WeakValueDictionary[int, CapturedSteps] = weakref.WeakValueDictionary()  # calls of `generate` that run, by the model's id
 
 
@@ -214,6 +249,8 @@ def _watch_generate(model: Any) -> None:
         model.__dict__["get_compiled_call"] = partial(_compiled_call, model)
         others = getattr(type(model), "create_masks_for_generate", create_masks_for_generate)
         model.__dict__["create_masks_for_generate"] = partial(_step_masks, model, others)
+    if getattr(type(model), "prepare_inputs_for_generation", None) is PREPARE:  # what a class does beside it is not known here
+        model.__dict__["prepare_inputs_for_generation"] = update_wrapper(partial(_step_inputs, model), PREPARE)  # with its signature
 
 
 def _eager_of(module: torch.nn.Module) -> Any:
@@ -242,29 +279,35 @@ def _watch_embeddings(model: Any, part: Any) -> None:
     A token is visual where its embedding is not the one that the model's own table has for its id.
     """
 
-    def wants(kwargs: Any) -> bool:
-        cache = kwargs.get("past_key_values")
-        return isinstance(cache, CompressedCache) and not cache.running and cache.scores_embeddings and not cache.get_seq_length()
-
-    def note(module: Any, args: Any, kwargs: Any) -> None:
-        if wants(kwargs):
-            ids = kwargs.get("input_ids", args[0] if args else None)
-            kwargs["past_key_values"].prompt = ids, kwargs.get("attention_mask")
-
-    def score(module: Any, args: Any, kwargs: Any) -> None:
-        if not wants(kwargs):
-            return
-        ids, mask = kwargs["past_key_values"].prompt
-        if ids is None:
-            return  # the layer raises a named error
-        own = model.get_input_embeddings()(ids)
-        embeddings = kwargs.get("inputs_embeds")
-        embeddings = own if embeddings is None else embeddings
-        real = torch.ones_like(ids, dtype=torch.bool) if mask is None or mask.ndim != 2 else mask.bool()
-        kwargs["past_key_values"].set_token_scores(semantic_scores(embeddings, (embeddings != own).any(-1), real))
-
-    hooks = [model.register_forward_pre_hook(note, with_kwargs=True), part.register_forward_pre_hook(score, with_kwargs=True)]
+    hooks = [
+        model.register_forward_pre_hook(_note_prompt, with_kwargs=True),
+        part.register_forward_pre_hook(partial(_score_prompt, model), with_kwargs=True),
+    ]  # no closures: a copy of the model has hooks of its own, and a pickled one too
     part.__dict__["bitsandheads_hooks"] = hooks
+
+
+def _scores_prompt(kwargs: Any) -> bool:
+    cache = kwargs.get("past_key_values")
+    return isinstance(cache, CompressedCache) and not cache.running and cache.scores_embeddings and not cache.get_seq_length()
+
+
+def _note_prompt(module: Any, args: Any, kwargs: Any) -> None:
+    if _scores_prompt(kwargs):
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        kwargs["past_key_values"].prompt = ids, kwargs.get("attention_mask")
+
+
+def _score_prompt(model: Any, module: Any, args: Any, kwargs: Any) -> None:
+    if not _scores_prompt(kwargs):
+        return
+    ids, mask = kwargs["past_key_values"].prompt
+    if ids is None:
+        return  # the layer raises a named error
+    own = model.get_input_embeddings()(ids)
+    embeddings = kwargs.get("inputs_embeds")
+    embeddings = own if embeddings is None else embeddings
+    real = torch.ones_like(ids, dtype=torch.bool) if mask is None or mask.ndim != 2 else mask.bool()
+    kwargs["past_key_values"].set_token_scores(semantic_scores(embeddings, (embeddings != own).any(-1), real))
 
 
 def enable(model: Any) -> None:
@@ -274,14 +317,14 @@ def enable(model: Any) -> None:
         model: a causal or vision-language model of transformers; only the text part is switched.
     """
     part = _text_model(model)
-    base = part.config._attn_implementation
-    if base.startswith(PREFIX):
-        return
+    base = part.config._attn_implementation.removeprefix(PREFIX)
     if base == "flex_attention":
         raise PlanError('The model uses "flex_attention", whose masks bitsandheads cannot read. Load it with attn_implementation="sdpa".')
     name = PREFIX + base
     AttentionInterface.register(name, _attention(base))
     AttentionMaskInterface.register(name, _mask(ALL_MASK_ATTENTION_FUNCTIONS[base]))
+    if part.config._attn_implementation == name:  # it is on, perhaps since another process from which it was unpickled
+        return
     part.set_attn_implementation(name)
     if part.config._attn_implementation != name:
         raise PlanError(
@@ -300,7 +343,7 @@ def disable(model: Any) -> None:
         part.set_attn_implementation(name.removeprefix(PREFIX))
         for hook in part.__dict__.pop("bitsandheads_hooks", ()):
             hook.remove()
-        for own in ("get_compiled_call", "create_masks_for_generate"):
+        for own in ("get_compiled_call", "create_masks_for_generate", "prepare_inputs_for_generation"):
             model.__dict__.pop(own, None)
 
 
@@ -464,6 +507,7 @@ class CompressedCacheLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Stage the chunk; returns a LayerHandle for keys and for values."""
         first, fixed = self.layer.index == self.masks.first, self.fixed
+        key_states, value_states = _cast(key_states), _cast(value_states)
         if fixed is not None and first and not torch.compiler.is_compiling():
             fixed.before(key_states.shape[2])
             fixed.check_room(int(self.get_seq_length()) + key_states.shape[2])
@@ -583,6 +627,21 @@ class CompressedCache(Cache):
         self.fixed = None if capacity is None else FixedCapacity(capacity, list(parts.values()))
         layers = [CompressedCacheLayer(self._masks, parts[i], self.fixed) if i in parts else keep for i, keep in enumerate(own)]
         super().__init__(layers=layers)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles are made of: nothing that only the device knows, and no mask of a pass that is over."""
+        self.compressed_layers()
+        self._masks.forget()
+        return self.__dict__.copy()
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """See CompressedCacheLayer.update."""
+        if layer_idx >= len(self.layers):
+            raise ModelMismatchError(
+                f"The model asks for layer {layer_idx}; this cache was made for {len(self.layers)} layers. Make the cache from the configuration "
+                "of the model that it is used with."
+            )
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     @property
     def plan(self) -> CachePlan:

@@ -20,6 +20,7 @@ from ..quant.codec import Basis
 from . import _describe, _dispatch
 from .append import Growing, _head_index, append
 from .heads import HeadSet
+from .modes import plain
 from .pack import Which, pack
 
 
@@ -91,6 +92,7 @@ class LayerStep:
         nothing = q.new_empty(q.shape[0], kv_heads, 0, q.shape[3])
         self.run(q, nothing, nothing, 1.0)
 
+    @plain
     def run(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """What the operator does; k and v may hold no token."""
         stores, batch = self.stores, self.stores[0].counts.shape[1]
