@@ -107,6 +107,9 @@ def test_capacity_is_checked_before_anything_is_written() -> None:
     assert cache.compressed_layers()[0].real_tokens() == [24, 11]  # whole and usable
     with pytest.raises(bh.CacheStateError, match=r"made for 19 tokens .* hold 20"):
         tm.generate(model, inputs, bh.CompressedCache(MIXED, model, capacity=19), new=1)
+    unpadded = tm.inputs_for(tm.tokens(2, 20))  # newer transformers gives a compiled step no mask
+    with pytest.raises(bh.CacheStateError, match=r"made for 24 tokens .* hold 25"):
+        tm.generate(model, unpadded, bh.CompressedCache(MIXED, model, capacity=24), new=8, compile_config=compiled())
     step = {"input_ids": tm.tokens(2, 1), "past_key_values": cache}
     with pytest.raises(bh.CacheStateError, match="hold 25"), torch.no_grad():
         model(**step)
@@ -183,7 +186,7 @@ def test_padding_in_a_step_is_seen_in_every_call_of_generate(monkeypatch) -> Non
     monkeypatch.setattr(model, "get_compiled_call", lambda config: seam._CALLS.setdefault(id(model), create(config)))
     inputs = tm.left_padded([60, 51])
     got, _ = run.generate(inputs, MIXED, 100, new=9)
-    assert looks == [False] * 8
+    assert looks == [False]  # the steps after the first are not prepared by the model
     mask = torch.cat([inputs["attention_mask"], torch.ones(2, 9, dtype=torch.long)], 1)
     mask[1, -1] = 0
     with pytest.raises(bh.CacheStateError, match="is padding for some sequences"):
@@ -233,7 +236,7 @@ class OnCpu:
         if not self.works:
             raise RuntimeError("operation not permitted when stream is capturing")
         packs = next(part.layer.step.packs for part in self.cache.layers)
-        out = ModelOutput(logits=torch.empty(2, 1, self.model.config.vocab_size), past_key_values=self.cache)
+        out = ModelOutput(logits=torch.empty(2, 1, self.model.config.get_text_config().vocab_size), past_key_values=self.cache)
 
         def replay() -> None:
             self.calls.append("packs" if packs else "plain")
@@ -245,6 +248,32 @@ class OnCpu:
     def generate(self, inputs, plan, capacity: int, new: int):
         self.cache = bh.CompressedCache(plan, self.model, capacity=capacity)
         return tm.generate(self.model, inputs, self.cache, new=new)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2.5-vl", "phi3"])
+@pytest.mark.parametrize("padded", [True, False])
+def test_captured_steps_are_given_their_inputs_in_place(name: str, padded: bool, monkeypatch) -> None:
+    """The model prepares the first step of a call only, or each (Phi3, in its own way); without padding, newer transformers gives no mask."""
+    model = tm.make(name)
+    inputs = tm.left_padded([60, 51 if padded else 60])
+    if name == "qwen2.5-vl":
+        inputs["mm_token_type_ids"] = torch.zeros_like(inputs["input_ids"], dtype=torch.int32)
+    masks: list[int] = []
+    create = model.create_masks_for_generate
+    monkeypatch.setattr(model, "create_masks_for_generate", lambda **kwargs: masks.append(1) or create(**kwargs))
+    run = OnCpu(model, monkeypatch)
+    make = model.get_compiled_call
+    monkeypatch.setattr(model, "get_compiled_call", lambda config: seam._CALLS.setdefault(id(model), make(config)))
+    got = run.generate(inputs, MIXED, 90, new=28)
+    assert run.calls.count("plain") + run.calls.count("packs") > 20
+    assert len(masks) == (28 if name == "phi3" else 2)  # the prompt's, and the first step's
+    with monkeypatch.context() as one_by_one:
+        one_by_one.setattr(model, "_valid_auto_compile_criteria", lambda *args: False)
+        expected = tm.generate(model, inputs, bh.CompressedCache(MIXED, model, capacity=90), new=28)
+    assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+    monkeypatch.setattr(run, "capture", lambda step, pool: (lambda: None, step()))  # a replay cannot notice that there is no room
+    with pytest.raises(bh.CacheStateError, match=r"made for 70 tokens .* hold 71"):
+        run.generate(inputs, MIXED, 70, new=28)
 
 
 @pytest.mark.parametrize("works", [True, False])

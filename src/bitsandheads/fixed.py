@@ -42,14 +42,14 @@ class FixedCapacity:
         self.wakes: int | None = None  # the clock at which the next sequence finds its basis
         self.tiles: set[tuple[int, int]] = set()  # the clock at which a sequence's next tile is full, tokens from one to the next
 
-    def before(self, tokens: int) -> None:
-        """Called on the host before each pass with `tokens` new tokens of every sequence."""
+    def before(self, tokens: int, clock: int | None = None) -> None:
+        """Called on the host before each pass with `tokens` new tokens of every sequence. clock: what it shows, if the host knows."""
         if tokens != 1 or not self.layers[0].stores:
             self.leave()
             self.check_room(self.layers[0].tokens + tokens)
         elif not self.running:
             self.enter()
-        elif self.wakes is not None and int(self.clock) >= self.wakes:
+        elif self.wakes is not None and self.wakes_at(int(self.clock) if clock is None else clock):
             self.leave()
             for layer in self.layers:
                 layer.start()
@@ -75,6 +75,10 @@ class FixedCapacity:
         self.wakes = min((tokens + n for n in (s.steps_to_start() for s in packed) if n is not None), default=None)
         self.tiles = {(tokens + n, s.quant.tile) for s in packed for n in s.steps_to_pack()}
         self.running, self.entered = True, self.entered + 1
+
+    def wakes_at(self, clock: int) -> bool:
+        """Whether a sequence finds its basis before the step that follows when the clock shows this."""
+        return self.wakes is not None and clock >= self.wakes
 
     def packs_at(self, clock: int) -> bool:
         """Whether a tile of some sequence becomes full in the step after which the clock shows this."""
