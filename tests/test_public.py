@@ -14,6 +14,11 @@ SOURCE = Path(bh.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 # models.py and demo.py load models through transformers' public API; seam.py alone knows its internals
 SEAM = "seam.py"
+ROOMS = (  # as in docs/architecture.md, from above
+    "adapters", "cli demo demo_video evaluation video __main__", "gates headfinding", "eval tasks", "models capacity", "seam saving",
+    "layer fixed graphs", "plan scores methods", "stores", "ops", "quant", "errors",
+)  # fmt: skip
+UPWARDS = {("seam", "gates"), ("eval", "gates"), ("plan", "seam"), ("scores", "seam")}
 
 
 def imports(path: Path) -> list[str]:
@@ -37,6 +42,19 @@ def test_all_is_complete_and_importable() -> None:
 def test_public_things_have_docstrings() -> None:
     for name in bh.__all__:
         assert getattr(bh, name).__doc__, name
+
+
+def test_dependencies_point_down() -> None:
+    room = {name: i for i, names in enumerate(ROOMS) for name in names.split()}
+    upwards = set()
+    for path in FILES:
+        own = path.relative_to(SOURCE).with_suffix("").parts
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if own != ("__init__",) and isinstance(node, ast.ImportFrom) and node.level:
+                package = (*own[: -node.level], *(node.module or "").split("."))[0]
+                targets = [package] if package else [a.name for a in node.names]
+                upwards |= {(own[0], t) for t in targets if room.get(t, len(ROOMS)) < room[own[0]]}
+    assert upwards == UPWARDS
 
 
 def test_importing_has_no_side_effects() -> None:
