@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 from interpreter import needs_interpreter, run_under_interpreter
 from real_caches import real_caches
+from test_decode_cuda import THREE_BITS
 
 from bitsandheads.methods import get_plan
 from bitsandheads.ops import decode_attention, flatten_sets, reference
@@ -27,6 +28,7 @@ CASES = {
     "balanced, 64 channels, 2 queries": ("balanced", 64, 2, 2, [1, 2], [5, 130]),
     "extreme": ("extreme", 128, 2, 1, [1, 0], [3, 2]),
     "kivi-2": ("kivi-2", 64, 4, 1, [1, 2], [33, 1]),
+    "values for each token, no centres": (THREE_BITS, 64, 4, 1, [3, 5], [1, 20]),
     "vidkv-1.5/1.58": ("vidkv-1.5/1.58", 128, 2, 1, [1, 1], [12, 31]),
     "small tiles, 80 channels": (NOISE_FREE, 80, 12, 1, [3, 5], [1, 20]),
     "trits": (TRITS, 64, 2, 1, [2, 1], [5, 40]),

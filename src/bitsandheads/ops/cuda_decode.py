@@ -35,7 +35,8 @@ SHARED_LIMIT = 227 * 1024
 # Warps of a CTA of attend, stages of a warp's copies, registers of a thread
 MANY = 12, 2, 168  # reads fastest
 FEW = 8, 3, 176  # leaves room for merge beside it, which then starts early
-LARGER = (8, 3, 255), (8, 2, 255), (4, 3, 255), (4, 2, 255), (4, 1, 255)  # where the tiles of MANY do not fit
+SEVEN = 7, 2, 255  # reads 12% faster than four warps where eight do not fit, but is 10% slower to start
+LARGER = (8, 3, 255), (8, 2, 255), SEVEN, (4, 3, 255), (4, 2, 255), (4, 1, 255)  # where the tiles of MANY do not fit
 MANY_TILES = 12  # for each multiprocessor: from here on MANY
 RUN = 8
 LOG2E = 1.4426950408889634
@@ -218,8 +219,9 @@ def _shape(layout: TileLayout | None, many: bool = True) -> tuple[int, int, int]
     if layout is None:
         return 8, 1, 255
     fits = [shape for shape in (MANY, *LARGER) if _shared_bytes(layout, layout.keys.head_dim, *shape[:2]) <= SHARED_LIMIT]
-    shape = fits[0] if fits else (4, 0, 0)
-    return FEW if shape == MANY and not many else shape
+    if fits and not many:
+        return FEW if fits[0] == MANY else next(shape for shape in fits if shape != SEVEN)
+    return fits[0] if fits else (4, 0, 0)
 
 
 @lru_cache(maxsize=256)

@@ -102,7 +102,7 @@ def _collect(half: HalfLayout, device: torch.device) -> tuple[Tensor, Tensor, in
             index[a][used[a]], weights[a][used[a]] = slot, w
             used[a] += 1
     centres = half.centre_axes if half.spec.per == "channel" else list(range(half.head_dim))
-    if half.counts[1]:
+    if half.counts[1] or half.spec.per == "token":  # with per="token" what steps and centres add to all channels of a block
         for i, a in enumerate(centres):
             index[a][used[a]], weights[a][used[a]] = total + i, 1.0
     return torch.tensor(index, dtype=torch.int32, device=device), torch.tensor(weights, device=device), total
@@ -210,6 +210,7 @@ def _attend_part(
             "W2": _gcd32(columns[2]),
             "W1": _gcd32(columns[1]),
             "PER_TOKEN": per_token,
+            "V_CENTRED": layout.values.counts[1] > 0,
             "RESIDUAL": layout.keys.spec.transform != "principal",
         }
         numbers |= {"VBLOCK": channel_block(dim), "V_TOP": layout.values.top[0], "TILE_BYTES": layout.nbytes, "TOKENS": layout.tokens}
@@ -249,7 +250,7 @@ def _attend_part(
 
 _TILE_NUMBERS = [f"{x}_{n}" for x in "KV" for n in ("TWO", "ONE", "TRIT", "STEPS", "CENTRES", "FACTORS")]
 _TILE_NUMBERS += [f"{x}{n}" for x in "KV" for n in ("2", "1", "3", "C", "2P", "1P", "3P", "CP", "N")]
-_TILE_NUMBERS += ["W2", "W1", "PER_TOKEN", "RESIDUAL", "VBLOCK", "V_TOP", "TILE_BYTES", "TOKENS", "GROUPS", "FP8"]
+_TILE_NUMBERS += ["W2", "W1", "PER_TOKEN", "V_CENTRED", "RESIDUAL", "VBLOCK", "V_TOP", "TILE_BYTES", "TOKENS", "GROUPS", "FP8"]
 
 
 def _gcd32(n: int) -> int:

@@ -359,7 +359,7 @@ def attend(q, q_axes, constant, row_scale, tiles, sink_k, sink_v, tail_k, tail_v
             V_TWO: tl.constexpr, V_ONE: tl.constexpr, V_TRIT: tl.constexpr, V_STEPS: tl.constexpr, V_CENTRES: tl.constexpr, V_FACTORS: tl.constexpr,
             V2: tl.constexpr, V1: tl.constexpr, V3: tl.constexpr, VC: tl.constexpr, V2P: tl.constexpr, V1P: tl.constexpr,
             V3P: tl.constexpr, VCP: tl.constexpr, VN: tl.constexpr,
-            RESIDUAL: tl.constexpr, PER_TOKEN: tl.constexpr, VBLOCK: tl.constexpr, V_TOP: tl.constexpr):  # fmt: skip
+            RESIDUAL: tl.constexpr, PER_TOKEN: tl.constexpr, V_CENTRED: tl.constexpr, VBLOCK: tl.constexpr, V_TOP: tl.constexpr):  # fmt: skip
     """One split of one (sequence, KV head, block of query rows): partial sums by slot, axis of the centres and channel, with maximum and sums."""
     split = tl.program_id(0)
     bh = tl.program_id(1).to(tl.int64)
@@ -558,7 +558,7 @@ def attend(q, q_axes, constant, row_scale, tiles, sink_k, sink_v, tail_k, tail_v
                             )
                             pk = p32 * step[:, None]
                             offset = -0.5 * V_TOP * tl.sum(pk, 0)
-                            if VC:
+                            if V_CENTRED:
                                 centre = _stored(base + V_CENTRES, token * (D // VBLOCK) + k, token < TOKENS, FP8) * _factor(
                                     base + V_FACTORS, 1, FP8
                                 )
