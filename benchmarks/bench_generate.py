@@ -113,7 +113,7 @@ def points() -> Iterator[Point]:
     more = [p for p in bh.preset_names() if p not in OURS]
     yield from (Point(first, plan, batch, context) for batch, context in ((8, 32768), (1, 8192)) for plan in OURS)
     yield from (Point(first, plan, 1, 8192, "tuned") for plan in OURS)
-    yield from (Point(first, plan, batch, context, "profile") for batch, context in ((8, 32768), (1, 8192)) for plan in OURS[:2])
+    yield from (Point(first, plan, batch, context, "profile") for batch, context in ((8, 32768), (1, 8192), (1, 131072)) for plan in OURS[:2])
     yield from (Point(first, plan, 1, 32768, "largest") for plan in OURS)
     yield from (Point(first, plan, 1, 32768, kind) for kind in ("prefill", "chunked") for plan in ("balanced", "bf16"))
     yield from (Point(first, plan, 1, 131072, kind) for kind in ("steps", "tuned") for plan in OURS)
