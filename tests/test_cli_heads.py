@@ -1,6 +1,9 @@
 """`bitsandheads heads score | show | compare`, and plans with head scores, as a user types them."""
 
 import json
+import os
+import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -126,3 +129,32 @@ def test_what_users_type_is_printed_as_it_is(tmp_path: Path, capsys: pytest.Capt
     with pytest.raises(SystemExit, match="2"):
         cli.main()
     assert "'[/a]:train:'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("plan balanced --model {0}/unknown", "does not recognize this architecture"),
+        ("plan balanced --model {0}/empty", "Unrecognized model"),
+        ("heads train --model {0}/empty --problems reasoning:train:2:0 --output {0}/out --dry-run", "it needs a tokenizer"),
+        ("heads score --method mass --model {1} --text {0}/binary --output {0}/x.tsv", "binary cannot be read as text"),
+        ("heads score --method random --model {1} --output {0}/nowhere/x.tsv", "No such file or directory"),
+        ("heads distill --model {1} --problems reasoning:train:2:0 --output {0}/x.tsv", "has no chat template"),
+        ("eval --model {0}/cut --tasks needle --output {0}/run", "cannot be loaded; it needs .* weights"),
+    ],
+)
+def test_bad_input_is_one_line(
+    arguments: str, said: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And exit code 2."""
+    for name, config in (("unknown", {"model_type": "nothing-known"}), ("empty", {})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    (tmp_path / "binary").write_bytes(bytes([0xFF, 0xFE, 0]))
+    shutil.copytree(folder, tmp_path / "cut")
+    os.truncate(tmp_path / "cut" / "model.safetensors", 1000)
+    monkeypatch.setattr(sys, "argv", ["bitsandheads", *arguments.format(tmp_path, folder).split()])
+    with pytest.raises(SystemExit, match="2"):
+        cli.main()
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.search(said, last) and re.match(r"\w+Error: ", last)

@@ -126,6 +126,53 @@ def test_what_has_no_cache_to_compress(given, said: str) -> None:
         bh.CompressedCache("balanced", given)
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"capacity": "64"}, "capacity='64' is not possible: a whole number"),
+        ({"capacity": 1.5}, "a whole number"),
+        ({"dtype": torch.int8}, "dtype=torch.int8 is not possible"),
+        ({"dtype": "bfloat16"}, "dtype='bfloat16' is not possible"),
+        ({"plan": None}, "The plan is None; give a preset's name"),
+        ({"plan": ["balanced"]}, "The plan is"),
+    ],
+    ids=str,
+)
+def test_options_of_another_kind(options: dict, said: str) -> None:
+    with pytest.raises(bh.PlanError, match=said):
+        bh.CompressedCache(**({"plan": "bf16", "model": tm.make("llama")} | options))
+
+
+def test_a_pass_that_was_cut_short() -> None:
+    """Its layers hold different tokens: to go on would be wrong in silence."""
+    model = tm.make("llama")
+    cache = bh.CompressedCache(MIXED, model)
+    model(tm.tokens(2, 50), past_key_values=cache)
+
+    def stop(module, args) -> None:
+        raise KeyboardInterrupt
+
+    hook = model.model.layers[0].mlp.register_forward_pre_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        model(tm.tokens(2, 1), past_key_values=cache)
+    hook.remove()
+    with pytest.raises(bh.CacheStateError, match=r"Layer 1 holds 50 tokens and the first one held 51.*reset\(\)"):
+        model(tm.tokens(2, 1), past_key_values=cache)
+    works(model, cache)
+
+
+@pytest.mark.parametrize("capacity", [None, 64])
+def test_sequences_that_are_not_there(capacity: int | None) -> None:
+    model = tm.make("llama")
+    cache = bh.CompressedCache(MIXED, model, capacity=capacity)
+    tm.generate(model, tm.left_padded([40, 30, 20]), cache, new=3)
+    for wrong in (torch.tensor([3]), torch.tensor([0, -4])):
+        with pytest.raises(bh.ShapeError, match="holds 3 sequences"):
+            cache.batch_select_indices(wrong)
+    cache.batch_select_indices([-1, 0])
+    assert cache.compressed_layers()[1].real_tokens() == [22, 42]
+
+
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("plan", ["bf16", "balanced"])
 def test_attention_that_was_not_switched_on(implementation: str, plan: str) -> None:

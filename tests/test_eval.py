@@ -221,6 +221,10 @@ def test_a_run_from_the_command_line(folder, tmp_path):
         (["--max-new-tokens", "5000"], "4096 positions"),
         (["--plans", "bf17"], "did you mean 'bf16'"),
         (["--tasks", "fidelity", "--contexts", "9999999"], "Give a longer text"),
+        (["--tasks", "fidelity", "--contexts", "0"], "contexts of (0,) tokens"),
+        (["--tasks", ""], "There are 0 tasks"),
+        (["--text", "nothing.txt"], "nothing.txt cannot be read as text"),
+        (["--device", "abacus"], "no device 'abacus' here"),
     ],
 )
 def test_a_run_that_cannot_be(folder, tmp_path, more, message):

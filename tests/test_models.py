@@ -289,9 +289,12 @@ def test_long_chunks_in_blocks_of_tiles(monkeypatch: pytest.MonkeyPatch, lengths
     monkeypatch.setattr("bitsandheads.ops.chunks.covers", lambda q, backend: q.shape[2] > 1)
     attend_block = long_chunks.attend_block
     monkeypatch.setattr(long_chunks, "attend_block", lambda *args, **kwargs: blocks.append(args[1].shape) or attend_block(*args, **kwargs))
-    got = chunked(model, bh.CompressedCache(MIXED, model), ids, mask, 38)
+    cache = bh.CompressedCache(MIXED, model)
+    got = chunked(model, cache, ids, mask, 38)
     torch.testing.assert_close(got[mask.bool()], want[mask.bool()], atol=1e-3, rtol=1e-3)
     assert len(blocks) > 12
+    for store in (store for layer in cache.compressed_layers() for store in layer.stores):
+        assert store.heads().known == store.heads().lengths.tolist()
 
 
 # -- windowed heads ---------------------------------------------------------------------------------------------------------------
@@ -402,6 +405,20 @@ def test_autocast(implementation: str) -> None:
                 tm.generate(model, tm.left_padded([150, 145]), bh.CompressedCache(plan, model, capacity=n), new=20)[1] for n in (None, 170)
             )
             torch.testing.assert_close(fixed[:, 1], whole[:, 1], atol=0.1, rtol=0.1)
+
+
+def test_a_forward_that_the_user_compiled() -> None:
+    """The cache's bookkeeping is no part of the graph; traced, a sequence counted a tile twice."""
+    model, inputs = tm.make("llama", num_hidden_layers=1), tm.left_padded([60, 50])
+    plain, logits = model.forward, []
+    for forward in (plain, torch.compile(plain, backend="eager")):
+        cache = bh.CompressedCache(bh.CachePlan("fine", (bh.HeadGroup(quant=FINE),)), model)
+        model.forward = forward
+        with torch.no_grad():
+            model(**inputs, past_key_values=cache)
+            model.forward = plain
+            logits.append(model(tm.tokens(2, 1), past_key_values=cache).logits)
+    assert torch.equal(*logits)
 
 
 # -- switching on and off ------------------------------------------------------------------------------------------------------------

@@ -57,6 +57,14 @@ def test_plans_are_immutable() -> None:
         (bh.get_plan("balanced").to_json().replace('"share": 0.25', '"share": -3'), "share is -3"),
         (bh.get_plan("balanced").to_json().replace('"share": 0.25', '"share": "much"'), "."),
         (bh.get_plan("balanced").to_json().replace('"tile": 128', '"tile": null'), "tile is None; allowed are 16, 32, 64, 128"),
+        (bh.get_plan("balanced").to_json().replace('"tile": 128', '"tile": 128.0'), "tile is 128.0; allowed"),
+        (bh.get_plan("balanced").to_json().replace('"refit": true', '"refit": "no"'), "refit is 'no'; allowed are True, False"),
+        (bh.get_plan("balanced").to_json().replace('"centre": true', '"centre": "no"'), "centre is 'no'"),
+        (bh.get_plan("balanced").to_json().replace('"bits": 1,', '"bits": true,'), "bits is True"),
+        (bh.get_plan("balanced").to_json().replace('"strict"', '"strickt"'), "unknown fields.*strickt"),
+        (bh.get_plan("balanced").to_json().replace('"window"', '"windows"'), "window"),
+        (bh.get_plan("balanced").to_json().replace('"kv_heads"', '"sink": 4, "kv_heads"'), "unknown fields.*sink"),
+        (bh.get_plan("balanced").to_json().replace('"kv_heads": null', '"kv_heads": [0.0, 1.0]'), "give different head indices"),
     ],
 )  # fmt: skip
 def test_foreign_newer_and_broken_files(text: str, match: str) -> None:

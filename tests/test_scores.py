@@ -1,6 +1,7 @@
 """Head scores: ranking, files of every layout, what is refused, comparing."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -182,7 +183,7 @@ def test_scores_must_be_a_table(values: np.ndarray) -> None:
         HeadScores(values)
 
 
-@pytest.mark.parametrize("layers", [(0, 1), (0, 1, 2, 3), (0, 0, 1)])
+@pytest.mark.parametrize("layers", [("a", "b", "c"), (0, 1), (0, 1, 2, 3), (0, 0, 1)])
 def test_rows_and_layers_must_agree(layers: tuple[int, ...]) -> None:
     with pytest.raises(ShapeError, match="layer for each row"):
         HeadScores(np.zeros((3, 2)), layers=layers)
@@ -197,6 +198,7 @@ DAMAGED = {
     "newer": lambda t: t.replace('"version": 1', '"version": 2'),
     "version of words": lambda t: t.replace('"version": 1', '"version": "one"'),
     "header without layers": lambda t: t.replace('"layers"', '"rows"'),
+    "architecture is a list": lambda t: re.sub('"architecture": {[^}]*}', '"architecture": [1]', t),
     "header is a list": lambda t: "# [1]\n" + t.partition("\n")[2],
     "empty": lambda t: "",
     "words": lambda t: "a\tb\n",

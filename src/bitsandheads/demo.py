@@ -18,6 +18,7 @@ from .eval import fidelity
 from .eval.environment import TEXT, default_text, versions, write_json
 from .methods import get_plan
 from .plan import CachePlan
+from .scores import read_text
 from .seam import CompressedCache, enabled
 
 __all__ = ["Options", "default_text", "plans_from", "run", "versions", "write_json"]
@@ -44,7 +45,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     plans = [get_plan(name) for name in options.plans]
     with console.status(f"loading {options.model}"):
         model, tokenizer = models.load(options.model, cache=options.cache_dir)
-    text = default_text() if options.text is None else options.text.read_text()
+    text = default_text() if options.text is None else read_text(options.text)
     ids = fidelity.token_ids(tokenizer, text, options.context, options.tokens)
     each = options.context + options.tokens
     rows, continuations = [], []

@@ -19,6 +19,7 @@ from .eval.runs import RunFolder
 from .eval.tasks import Task
 from .methods import get_plan
 from .plan import CachePlan
+from .scores import read_text
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,10 @@ def run(settings: Settings, folder: Path, console: Console) -> list[dict[str, An
         TaskError, PlanError, ModelNotFoundError, RunFolderError: see the parts.
     """
     seeds, contexts = whole_numbers("The seeds", settings.seeds), whole_numbers("The contexts", settings.contexts)
+    if not settings.tasks or not settings.plans or not all(contexts):
+        raise TaskError(
+            f"There are {len(settings.tasks)} tasks, {len(settings.plans)} plans and contexts of {contexts} tokens; give at least one of each."
+        )
     with console.status(f"loading {settings.model}"):
         model, tokenizer = models.load(settings.model, settings.device)
     plans = [get_plan(p, model) for p in dict.fromkeys(settings.plans)]
@@ -133,7 +138,7 @@ def run(settings: Settings, folder: Path, console: Console) -> list[dict[str, An
             f"Greedy answers are the same with every seed; give one seed instead of {len(seeds)}, or --sampling temperature=0.6."
         )
     chat = bool(tokenizer.chat_template) if settings.chat is None else settings.chat
-    text = default_text() if settings.text is None else settings.text.read_text("utf-8")
+    text = default_text() if settings.text is None else read_text(settings.text)
     options = Options(settings.samples, contexts, text, settings.max_new_tokens, chat)
     windows = settings.samples or 3
     tasks = {name: None if name == fidelity.TASK else get_task(name, tokenizer, options) for name in dict.fromkeys(settings.tasks)}

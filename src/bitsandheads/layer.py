@@ -374,7 +374,12 @@ class CompressedLayer:
     @plain
     def select(self, index: Tensor) -> None:
         """Keep these sequences, in this order."""
-        rows = index.cpu()
+        if not self.stores:
+            return
+        rows = torch.as_tensor(index).cpu().long()
+        if rows.numel() and not -self.batch <= int(rows.min()) <= int(rows.max()) < self.batch:
+            raise ShapeError(f"The cache holds {self.batch} sequences; {rows.tolist()} are not all among them.")
+        rows = rows.remainder(max(self.batch, 1))
         for store in self.stores:
             store.select(rows)
         for s in self.segments:

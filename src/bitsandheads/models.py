@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
-from .errors import BitsAndHeadsError
+from .errors import BackendError, BitsAndHeadsError
 
 SMOLLM2 = "smollm2"
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+UNREADABLE = (ValueError, SafetensorError)  # an unknown kind of model, no tokenizer, cut weights
 
 
 class ModelNotFoundError(BitsAndHeadsError, FileNotFoundError):
-    """A model that is neither on disk nor on the hub."""
+    """A model that is neither on disk nor on the hub, or cannot be loaded from there."""
 
 
 def default_cache() -> Path:
@@ -64,6 +66,18 @@ def smollm2_folder(cache: Path | None = None) -> Path:
     return folder
 
 
+def device_for(device: str | None) -> str:
+    """The device that was asked for; None: "cuda" if there is one, else "cpu". Raises BackendError where it cannot be used."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter where PyTorch was built without CUDA
+        raise BackendError(
+            f"There is no device {device!r} here ({str(error).splitlines()[0]}). Leave it out, or give one that exists."
+        ) from error
+    return device
+
+
 def load(name: str, device: str | None = None, cache: Path | None = None) -> tuple[Any, Any]:
     """A model in evaluation mode and its tokenizer.
 
@@ -72,15 +86,24 @@ def load(name: str, device: str | None = None, cache: Path | None = None) -> tup
         device: None: "cuda" if there is one, else "cpu". On a CPU the weights are float32, elsewhere the checkpoint's dtype.
     Raises:
         ModelNotFoundError: nothing of that name can be loaded.
+        BackendError: there is no such device here.
     """
     import transformers
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_for(device)
     dtype = torch.float32 if device == "cpu" else "auto"
     with _named(name, "config.json, weights and tokenizer", cache) as path:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
     return model.to(device).eval(), tokenizer
+
+
+def load_tokenizer(name: str, cache: Path | None = None) -> Any:
+    """The tokenizer alone of what `load` would load; raises ModelNotFoundError as it does."""
+    import transformers
+
+    with _named(name, "a tokenizer", cache) as path:
+        return transformers.AutoTokenizer.from_pretrained(path)
 
 
 def load_config(name: str, cache: Path | None = None) -> Any:
@@ -93,10 +116,12 @@ def load_config(name: str, cache: Path | None = None) -> Any:
 
 @contextmanager
 def _named(name: str, parts: str, cache: Path | None) -> Iterator[str]:
-    """The path behind a name; an OSError of the loading inside becomes a ModelNotFoundError."""
+    """The path behind a name; what loading inside raises for missing or damaged files becomes a ModelNotFoundError."""
     path = str(smollm2_folder(cache)) if name == SMOLLM2 else name
     try:
         yield path
+    except UNREADABLE as error:
+        raise ModelNotFoundError(f"The model {name!r} cannot be loaded; it needs {parts}: {' '.join(str(error).split())}") from error
     except OSError as error:
         raise ModelNotFoundError(
             f"No model {name!r}: it is no local folder with {parts}, and the hub did not give it ({error}). "

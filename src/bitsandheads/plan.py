@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,7 +56,8 @@ class HeadGroup:
     def __post_init__(self) -> None:
         if self.window is not None and self.quant is not None:
             raise PlanError("A HeadGroup has a window or a quantizer, not both: windowed tokens are few and stay whole.")
-        if self.kv_heads is not None and (not self.kv_heads or len(set(self.kv_heads)) != len(self.kv_heads)):
+        whole = self.kv_heads is None or all(isinstance(h, Integral) and not isinstance(h, bool) for h in self.kv_heads)
+        if self.kv_heads is not None and (not self.kv_heads or not whole or len(set(self.kv_heads)) != len(self.kv_heads)):
             raise PlanError(f"HeadGroup.kv_heads is {self.kv_heads!r}; give different head indices, at least one, or None for all.")
 
 
@@ -148,7 +150,8 @@ class CachePlan:
             )
         try:
             layers = {int(i): tuple(map(_group, groups)) for i, groups in data["layers"].items()}
-            return cls(data["name"], tuple(map(_group, data["groups"])), layers, data["note"], data.get("strict", False))
+            rest = {k: v for k, v in data.items() if k not in ("format", "version")}
+            return cls(**(rest | {"groups": tuple(map(_group, data["groups"])), "layers": layers}))
         except PlanError:
             raise
         except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -372,7 +375,8 @@ def _ranges(items: list[int]) -> str:
 def _group(data: dict[str, Any]) -> HeadGroup:
     window = None if data["window"] is None else Window(**data["window"])
     heads = None if data["kv_heads"] is None else tuple(data["kv_heads"])
-    return HeadGroup(heads, window, None if data["quant"] is None else _quant(data["quant"]))
+    quant = None if data["quant"] is None else _quant(data["quant"])
+    return HeadGroup(**(data | {"kv_heads": heads, "window": window, "quant": quant}))
 
 
 def _quant(data: dict[str, Any]) -> KVQuant:

@@ -12,6 +12,7 @@ import os
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ class HeadScores:
                 f"The score of layer {row}, KV head {column} is {values[row, column]}; every score must be a finite number."
             )
         layers = tuple(self.layers) or tuple(range(len(values)))
-        if len(layers) != len(values) or len(set(layers)) != len(layers):
+        if len(layers) != len(values) or len(set(layers)) != len(layers) or not all(isinstance(i, Integral) for i in layers):
             raise ShapeError(f"Head scores have {len(values)} rows and name {len(layers)} layers; name a different layer for each row.")
         values.setflags(write=False)
         object.__setattr__(self, "values", values)
@@ -168,8 +169,11 @@ class HeadScores:
             )
         known = {k: header[k] for k in header if k in cls.__dataclass_fields__}
         try:
-            return cls(_parse(body, source), **(known | {"layers": tuple(header["layers"])}))
-        except (KeyError, TypeError) as error:
+            known |= {"layers": tuple(header["layers"]), "architecture": dict(header["architecture"])}
+            return cls(_parse(body, source), **known)
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, BitsAndHeadsError):
+                raise
             raise FileFormatError(f"{source} is damaged: its header is incomplete ({error}).") from error
 
     def save(self, path: str | Path, plain: bool = False) -> None:
@@ -271,6 +275,14 @@ def _ranks(x: np.ndarray) -> np.ndarray:
 
 
 # -- helpers ------------------------------------------------------------------------------------------------------------------------
+
+
+def read_text(path: Path) -> str:
+    """Read a text file. Raises FileFormatError where there is none, or it is no text."""
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise FileFormatError(f"{path} cannot be read as text ({error}); give a text file in UTF-8.") from error
 
 
 def write_text(path: Path, text: str) -> None:

@@ -86,8 +86,10 @@ class MaskReader:
 
     def __init__(self, first: int | None) -> None:
         self.first = first
+        self.held = 0  # by the first layer when the pass began
         self.last: tuple[weakref.ref[Tensor], int, ChunkMask] | None = None
 
+    @torch.compiler.disable
     def read(self, mask: Tensor | None, n: int) -> ChunkMask:
         """What `mask` says of the newest n tokens."""
         if mask is None:
@@ -522,7 +524,14 @@ class CompressedCacheLayer(CacheLayerMixin):
         self.is_initialized = True
         self.layer.stage(key_states, value_states)
         if first:
+            self.masks.held = self.layer.stored_tokens
             self.masks.forget()  # the caller may have changed the same mask tensor in place since the last pass
+        elif self.layer.stored_tokens != self.masks.held:
+            self.layer.staged = None
+            raise CacheStateError(
+                f"Layer {self.layer.index} holds {self.layer.stored_tokens} tokens and the first one held {self.masks.held}: an earlier pass of the model "
+                "was cut short. reset() the cache before using it again."
+            )
         handle = LayerHandle(self.masks, self.layer)
         return handle, handle
 
@@ -564,6 +573,7 @@ class CompressedCacheLayer(CacheLayerMixin):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these sequences (indices, or a bool mask)."""
+        indices = torch.as_tensor(indices)
         self._settled().select(indices.nonzero().squeeze(1) if indices.dtype == torch.bool else indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -620,10 +630,19 @@ class CompressedCache(Cache):
             for i, (groups, shape) in enumerate(zip(self.resolved.layers, self.resolved.shapes, strict=True))
             if groups is not None
         }
-        if capacity is not None and (capacity < 1 or len(parts) < len(own)):
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise PlanError(
+                f"dtype={dtype!r} is not possible; give a dtype of floating-point numbers, for example torch.bfloat16, or None."
+            )
+        counted = capacity is None or (isinstance(capacity, int) and capacity >= 1)
+        if capacity is not None and (not counted or len(parts) < len(own)):
             others = [i for i in range(len(own)) if i not in parts]
-            why = f"the layers {others} are no full attention that the plan governs" if others else "at least 1 token is needed"
-            raise PlanError(f"capacity={capacity} is not possible: {why}. Use capacity=None.")
+            why = (
+                f"the layers {others} are no full attention that the plan governs"
+                if others
+                else "a whole number of at least 1 token is needed"
+            )
+            raise PlanError(f"capacity={capacity!r} is not possible: {why}. Use capacity=None.")
         self.fixed = None if capacity is None else FixedCapacity(capacity, list(parts.values()))
         layers = [CompressedCacheLayer(self._masks, parts[i], self.fixed) if i in parts else keep for i, keep in enumerate(own)]
         super().__init__(layers=layers)

@@ -185,7 +185,7 @@ def load(name: str, device: str | None = None) -> tuple[Any, Any]:
     config = models.load_config(name)
     if not hasattr(config, "vision_config"):
         return models.load(name, device)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = models.device_for(device)
     dtype = torch.float32 if device == "cpu" else "auto"
     try:
         processor = transformers.AutoProcessor.from_pretrained(name)
@@ -194,7 +194,7 @@ def load(name: str, device: str | None = None) -> tuple[Any, Any]:
         raise VideoReaderError(
             f"The processor of {name!r} needs a library that is missing: {' '.join(str(error).split())} {INSTALL}."
         ) from error
-    except OSError as error:
+    except (OSError, *models.UNREADABLE) as error:
         raise models.ModelNotFoundError(f"The model {name!r} is incomplete: {error}.") from error
     return model.to(device).eval(), processor
 

@@ -11,9 +11,9 @@ __all__ = ["app", "main"]
 
 
 def main() -> None:
-    """Entry point: errors of the user end in one line and exit code 2."""
+    """Entry point: errors of the user, and files that cannot be written or read, end in one line and exit code 2."""
     try:
         app()
-    except BitsAndHeadsError as error:
+    except (BitsAndHeadsError, OSError) as error:
         Console(stderr=True).print(Text.assemble((type(error).__name__, "red"), f": {error}"), soft_wrap=True)
         raise SystemExit(2) from error

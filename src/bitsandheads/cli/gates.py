@@ -50,17 +50,16 @@ def train(
     chosen = load_config(TrainConfig, config, steps=steps, seed=seed, reward=reward, chat=chat)
     samples = read_problems(problems)
     if dry_run:
-        import transformers
-
+        from .. import models
         from ..gates.memory import estimate
         from ..gates.prompts import encode
 
-        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+        tokenizer = models.load_tokenizer(model)
         prompt = max(len(encode(tokenizer, s, chosen.chat)) for s in samples)
         console.print(
             f"{chosen.questions * chosen.samples} solutions in each of {chosen.steps} steps, the longest prompt has {prompt} tokens."
         )
-        for line in estimate(transformers.AutoConfig.from_pretrained(model), chosen, prompt).lines():
+        for line in estimate(models.load_config(model), chosen, prompt).lines():
             _say(line)
         return
 
@@ -138,13 +137,14 @@ def distill(
     from ..gates.problems import read_problems
     from ..gates.prompts import encode
     from ..models import load
+    from ..scores import read_text
 
     chosen = load_config(d.DistillConfig, config, steps=steps, seed=seed)
     if (text is None) == (problems is None):
         raise PlanError("Give either --text or --problems.")
     loaded, tokenizer = load(model)
     if text is not None:
-        batches = d.passkey_batches(tokenizer(text=text.read_text("utf-8"))["input_ids"], chosen)
+        batches = d.passkey_batches(tokenizer(text=read_text(text))["input_ids"], chosen)
     else:
         samples = [s for s in read_problems(str(problems)) if s.solution]
         if not samples:

@@ -88,6 +88,7 @@ def score(
     from ..eval.runs import commit
     from ..models import load, load_config
     from ..plan import Window
+    from ..scores import read_text
     from ..seam import layer_shapes
 
     if method is Method.random:
@@ -100,7 +101,7 @@ def score(
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as bar:
         if text is not None:
-            ids = tokenizer(text=text.read_text("utf-8"))["input_ids"]
+            ids = tokenizer(text=read_text(text))["input_ids"]
             sequences = h.text_sequences(ids, length, prompt, count)
         else:
             prompts, ends = h.read_prompts(loaded, tokenizer, str(problems), count, chat)

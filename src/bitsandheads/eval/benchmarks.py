@@ -10,6 +10,7 @@ from typing import Any
 
 from ..errors import TaskError
 from ..gates.problems import math_reward
+from ..scores import read_text
 from ..tasks import Sample, reasoning
 from .programs import code_of, passes
 from .tasks import Task
@@ -86,7 +87,7 @@ def _read_lines(file: Path) -> list[Row]:
     if not file.is_file():
         raise TaskError(f"There is no file {file}. Give NAME=FILE with a file of JSON lines, or NAME alone for the hub's data.")
     rows = []
-    for number, line in enumerate(file.read_text("utf-8").splitlines(), 1):
+    for number, line in enumerate(read_text(file).splitlines(), 1):
         try:
             rows.append(json.loads(line))
         except ValueError as error:

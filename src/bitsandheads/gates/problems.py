@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FileFormatError, PlanError
-from ..scores import write_text
+from ..scores import read_text, write_text
 from ..tasks import Sample, reasoning
 
 Reward = Callable[[Sample, str], float]
@@ -32,7 +32,7 @@ def read_problems(source: str | Path) -> list[Sample]:
     if not path.is_file():
         raise FileFormatError(f'There are no problems {str(source)!r}; give a file of JSON lines, or "reasoning:train:3000:0".')
     out = []
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         if not line.strip():
             continue
         try:

@@ -41,6 +41,8 @@ def get_plan(plan: "str | Path | CachePlan", model: Any = None) -> CachePlan:
     """
     if isinstance(plan, CachePlan):
         return plan
+    if not isinstance(plan, (str, Path)):
+        raise PlanError(f"The plan is {plan!r}; give a preset's name, a plan file's path, or a CachePlan.")
     if str(plan) in PRESETS:
         return PRESETS[str(plan)]()
     if Path(plan).is_file():

@@ -12,11 +12,14 @@ R = TypeVar("R")
 
 
 def plain(function: Callable[P, R]) -> Callable[P, R]:
-    """Run a function without autocast, which changes dtypes in the middle of its arithmetic, and without inference mode.
+    """Run a function without autocast, inference mode and torch.compile.
 
-    A tensor that is made in inference mode must not be written to outside of it, but buffers outlive the pass that they are made in.
+    Autocast changes dtypes in the middle of its arithmetic. A tensor that is made in inference mode must not be written to outside of it, but
+    buffers outlive the pass that they are made in. And the bookkeeping of the host is not for a compiler: around a graph break PyTorch 2.13
+    counts a tile twice.
     """
 
+    @torch.compiler.disable
     @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         casting = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]

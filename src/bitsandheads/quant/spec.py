@@ -29,7 +29,7 @@ def channel_block(head_dim: int) -> int:
 
 def _one_of(name: str, value: object, allowed: Any) -> None:
     choices = get_args(allowed) or allowed
-    if value not in choices:
+    if not any(value == c and type(value) is type(c) for c in choices):  # neither 128.0 nor True is a whole number
         raise PlanError(f"{name} is {value!r}; allowed are {', '.join(map(repr, choices))}.")
 
 
@@ -62,6 +62,7 @@ class AxisClass:
     def __post_init__(self) -> None:
         _one_of("AxisClass.bits", self.bits, (0, 1, 2, 3, 4, 5, 6, TERNARY))
         _one_of("AxisClass.levels", self.levels, Levels)
+        _one_of("AxisClass.centre", self.centre, (True, False))
         if not 0 < self.share <= 1:
             raise PlanError(f"AxisClass.share is {self.share!r}; give a number above 0 and at most 1.")
         if (self.bits == TERNARY) != (self.levels == "ternary") or (self.levels == "sign" and self.bits != 1):
@@ -111,6 +112,8 @@ class TensorQuant:
         _one_of("TensorQuant.per", self.per, ("channel", "token"))
         _one_of("TensorQuant.transform", self.transform, Transform)
         _one_of("TensorQuant.order", self.order, Order)
+        for name in ("last_class_only", "query_weighted", "refit"):
+            _one_of(f"TensorQuant.{name}", getattr(self, name), (True, False))
         if not self.classes or abs(sum(c.share for c in self.classes) - 1) > 1e-6:
             raise PlanError(f"The shares of TensorQuant.classes sum to {sum(c.share for c in self.classes)}; they must sum to 1.")
         ternary = [i for i, c in enumerate(self.classes) if c.bits == TERNARY]
