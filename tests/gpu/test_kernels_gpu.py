@@ -7,6 +7,8 @@ import torch
 from real_caches import real_caches
 from test_decode_cuda import KIVI, THREE_BITS
 from test_kernels_triton import TRITS
+from test_restore import CASES
+from test_restore import check as check_restored
 
 from bitsandheads.methods import get_plan
 from bitsandheads.ops import backends, decode_attention, long_chunks, reference
@@ -225,6 +227,11 @@ def test_long_chunks_of_other_shapes(dim: int, dtype: torch.dtype, group: int) -
 )
 def test_long_chunks_of_other_layouts(quant: KVQuant) -> None:
     check_long([head_set(quant, 128, (0, 1), [32, 0], [9, 3], [440, 307])], 8, 300)
+
+
+@pytest.mark.parametrize(("name", "quant", "dim"), CASES, ids=[f"{name}, {dim} channels" for name, _, dim in CASES])
+def test_restored_tiles(name: str, quant: KVQuant, dim: int) -> None:
+    check_restored(quant, dim, "cuda", (torch.float32, torch.float16, torch.bfloat16))
 
 
 def test_a_long_chunk_never_restores_the_whole_history() -> None:

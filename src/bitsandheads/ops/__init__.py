@@ -19,7 +19,7 @@ from .pack import pack
 
 __all__ = ["HeadSet", "append", "decode_attention", "explain_backends", "flatten_sets", "pack", "resolve_backend"]
 
-_STATIC = ("kv_heads", "layout", "window", "extra")
+_NO_TENSORS = ("kv_heads", "layout", "window", "extra", "known")
 _DESCRIPTIONS: list[tuple[Any, ...]] = []
 _NUMBERS: dict[tuple[Any, ...], int] = {}
 
@@ -28,7 +28,7 @@ def _describe(s: HeadSet, tensors: list[Tensor]) -> tuple[Any, ...]:
     names: list[tuple[str, str]] = []
     for field in dataclasses.fields(s):
         value = getattr(s, field.name)
-        if field.name in _STATIC or value is None:
+        if field.name in _NO_TENSORS or value is None:
             continue
         for name, tensor in value.items() if isinstance(value, dict) else [("", value)]:
             names.append((field.name, name))

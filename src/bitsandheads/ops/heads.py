@@ -31,6 +31,7 @@ class HeadSet:
         layout: the tile's layout, or None without tiles.
         key_basis, value_basis: see quant.codec.
         window: recent tokens that a query sees beside the sink, itself included; None: all.
+        known: the lengths [3][B] where the host knows them too, so that whoever needs them there does not wait for the device.
         extra: further packed parts with other codes of the values (salient tokens); each a HeadSet with tiles only.
     """
 
@@ -46,6 +47,7 @@ class HeadSet:
     value_basis: Basis = field(default_factory=dict)
     window: int | None = None
     extra: "tuple[HeadSet, ...]" = ()
+    known: list[list[int]] | None = None
 
     def rows(self, rows: slice) -> "HeadSet":
         """These sequences."""
@@ -57,4 +59,5 @@ class HeadSet:
         return HeadSet(
             self.kv_heads, self.tail_k[rows], self.tail_v[rows], self.lengths[:, rows].contiguous(), cut(self.sink_k), cut(self.sink_v),
             cut(self.tiles), self.layout, key, value, self.window, tuple(part.rows(rows) for part in self.extra),
+            None if self.known is None else [row[rows] for row in self.known],
         )  # fmt: skip

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..quant.codec import HalfCodec
+from ..quant.tile import HalfLayout
 from .backends import resolve_backend
 from .heads import HeadSet
 
@@ -77,7 +78,10 @@ def attend_long_chunk(q: Tensor, sets: list[HeadSet], scale: float, restored: in
     batch, q_heads, n, _ = q.shape
     q = q if q.stride(-1) == 1 else q.contiguous()
     group = q_heads // sum(len(s.kv_heads) for s in sets)
-    lengths = torch.stack([part.lengths for s in sets for part in (s, *s.extra)]).tolist()  # one transfer; [parts][3][B]
+    parts = [part for s in sets for part in (s, *s.extra)]
+    lengths = [part.known for part in parts if part.known is not None]  # [parts][3][B]
+    if len(lengths) < len(parts):
+        lengths = torch.stack([part.lengths for part in parts]).tolist()  # one transfer, for which the host waits
     out = torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
     for s in sets:
         own, lengths = lengths[: 1 + len(s.extra)], lengths[1 + len(s.extra) :]
@@ -136,7 +140,15 @@ def _history(
         if tiles and part.tiles is not None and part.layout is not None:
             blocks = -(-tiles * batch * heads * tokens * q.shape[3] // restored)
             for block in part.tiles[:, :, :tiles].chunk(blocks, 2):
-                keys, values = part.layout.split(block)
-                k = part.layout.keys.read(keys).flatten(2, 3)
-                v = HalfCodec(part.layout.values).unpack(values, part.value_basis)
-                yield turned, k.to(q.dtype).contiguous(), v.to(q.dtype).contiguous(), raised  # codes come token by token for each axis
+                k = _axes(block, part.layout.keys, 0, q.dtype)
+                v = HalfCodec(part.layout.values).decode(_axes(block, part.layout.values, part.layout.keys.nbytes), part.value_basis)
+                yield turned, k, v.to(q.dtype).contiguous(), raised  # without a rotation codes come token by token for each axis
+
+
+def _axes(tiles: Tensor, half: HalfLayout, base: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A half of tiles uint8 [B, h, N, bytes], which begins at byte `base`, along its axes: [B, h, tokens, D]."""
+    if tiles.is_cuda:
+        from .triton_restore import restore_tiles
+
+        return restore_tiles(tiles, half, base, dtype)
+    return half.read(tiles[..., base : base + half.nbytes]).flatten(2, 3).to(dtype).contiguous()

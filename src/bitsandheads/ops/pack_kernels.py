@@ -222,7 +222,7 @@ def _store_trits(out, scratch, code, first, COUNT: tl.constexpr, TOKENS: tl.cons
     tl.debug_barrier()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["room"])
 def pack_tiles(x, weight, matrix, order, mean, skip, jobs, tiles, kept, error, status, scratch, axes, two_axis, two_shift, one_axis, one_shift,
                x_b, x_h, x_t, w_b, w_h, m_p, m_b, m_h, tiles_b, tiles_h, batch, heads, room,
                DUE: tl.constexpr, SKIP: tl.constexpr, WEIGHTED: tl.constexpr, KEEP: tl.constexpr, DOT: tl.constexpr, X_PARTS: tl.constexpr,

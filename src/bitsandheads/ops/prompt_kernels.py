@@ -1,7 +1,8 @@
 """The Triton kernels that look at a whole prompt before and after it is packed: who draws attention, moments, sums for the map back.
 
-Sums over tokens are split among programs, which write partial sums that the caller adds in a fixed order: reruns are bit-identical. Shape
-letters: T tokens of a tile, D head_dim (DP: the next power of two), R query rows of a KV head (query heads x queries).
+Sums over tokens are split among programs, which write partial sums that the caller adds in a fixed order: reruns are bit-identical. Numbers that follow
+the prompt's length are not specialized: a prompt of another length finds its kernels compiled. Shape letters: T tokens of a tile,
+D head_dim (DP: the next power of two), R query rows of a KV head (query heads x queries).
 """
 
 # mypy: ignore-errors
@@ -53,7 +54,7 @@ def query_sums(q, k, counts, sums, k_b, k_h, k_t, heads, scale_log2, D: tl.const
     tl.store(sums + (bh * splits + split) * R + row, m + tl.log2(norm), mask=row < R)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def row_norms(sums, row_weight, norms, heads, splits, R: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr):
     """What key_mass takes off a row's scores: log2 of the sum over all keys, less log2 of the row's weight; float32 [B h, R]. Program (block of
     rows, sequence and head); PARTS: at least `splits`."""
@@ -67,7 +68,7 @@ def row_norms(sums, row_weight, norms, heads, splits, R: tl.constexpr, N: tl.con
     tl.store(norms + bh * R + row, total - tl.log2(weight), mask=row < R)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["mass_b", "mass_h"])
 def key_mass(q, k, counts, norms, mass, k_b, k_h, k_t, mass_b, mass_h, heads, scale_log2, D: tl.constexpr, DP: tl.constexpr,
              R: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
     """Mean probability that each key draws from the rows that see it. Program (block of keys, sequence and head)."""
@@ -90,7 +91,7 @@ def key_mass(q, k, counts, norms, mass, k_b, k_h, k_t, mass_b, mass_h, heads, sc
     tl.store(mass + b * mass_b + (bh % heads) * mass_h + key, out / seen_by, mask=key < total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["mass_b", "mass_h"])
 def choose(mass, ends, packed, heavy, key_weight, value_weight, mass_b, mass_h, heads, room, key_share, value_share, FIRST: tl.constexpr,
            HEAVY: tl.constexpr, PADDED: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """The HEAVY places from FIRST to ends[b] with the largest mass, ascending, int32 [B h, HEAVY], and what the error of the packed tokens
@@ -178,7 +179,7 @@ def moments(x, weight, skip, jobs, totals, grams, x_b, x_h, x_t, w_b, w_h, batch
     tl.store(grams + line * DP * DP + a[:, None] * DP + a[None], gram)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["room"])
 def refit_sums(x, kept, mean, weight, skip, jobs, grams, crosses, x_b, x_h, x_t, w_b, w_h, batch, heads, room, SKIP: tl.constexpr, SKIP_PADDED: tl.constexpr,
                WEIGHTED: tl.constexpr, DOT: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, TOKENS: tl.constexpr):  # fmt: skip
     """Partial sums of w y' y'^T and w y' (x - mean)^T, float32 [B h, workers, DP, DP], y' the restored axes (`kept`, as pack_tiles leaves them)."""

@@ -430,17 +430,21 @@ class PackedStore(Store):
 
     def heads(self) -> HeadSet:
         """See Store.heads."""
-        return self._view(any(self.bank.count), self.salient is not None and any(self.salient.count))
+        out = self._view(any(self.bank.count), self.salient is not None and any(self.salient.count))
+        out.known = self._host_counts()[:3]
+        return out
 
     def _view(self, tiles: bool, salient: bool) -> HeadSet:
         if self.unchecked:
             self._check_status()
         extra: tuple[HeadSet, ...] = ()
         if salient and self.salient is not None:
-            lengths = torch.zeros_like(self.counts[:3])
-            lengths[1] = torch.tensor(self.salient.count, dtype=torch.int32)
+            none = [0] * len(self.salient.count)
+            known = [none, self.salient.count, none]
             empty = self.tail.k.new_empty(*self.tail.k.shape[:2], 0, self.tail.k.shape[3])
-            extra = (HeadSet(self.kv_heads, empty, empty, lengths, None, None, self.salient.tiles, self.salient.layout, *self.basis),)
+            lengths = numbers_on(self.counts.device, known)
+            tiles_of = self.salient.tiles, self.salient.layout, *self.basis
+            extra = (HeadSet(self.kv_heads, empty, empty, lengths, None, None, *tiles_of, known=known),)
         return HeadSet(
             self.kv_heads, self.tail.k, self.tail.v, self.lengths, self.first.k, self.first.v, self.bank.tiles if tiles else None, self.layout,
             *self.basis, extra=extra,

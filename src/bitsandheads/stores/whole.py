@@ -34,7 +34,7 @@ class WholeStore(Store):
 
     def heads(self) -> HeadSet:
         """See Store.heads."""
-        return HeadSet(self.kv_heads, self.tail.k, self.tail.v, self.lengths)
+        return HeadSet(self.kv_heads, self.tail.k, self.tail.v, self.lengths, known=self._host_counts()[:3])
 
     def fix(self, capacity: int) -> Held:
         """See Store.fix."""

@@ -97,7 +97,16 @@ class WindowStore(Store):
 
     def heads(self) -> HeadSet:
         """See Store.heads."""
-        return HeadSet(self.kv_heads, self.tail.k, self.tail.v, self.lengths, sink_k=self.first.k, sink_v=self.first.v, window=self.recent)
+        return HeadSet(
+            self.kv_heads,
+            self.tail.k,
+            self.tail.v,
+            self.lengths,
+            self.first.k,
+            self.first.v,
+            window=self.recent,
+            known=self._host_counts()[:3],
+        )
 
     def fix(self, capacity: int) -> Held:
         """See Store.fix."""
