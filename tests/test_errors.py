@@ -105,10 +105,13 @@ def test_cache_of_another_model(other: dict) -> None:
         model(tm.tokens(1, 5), past_key_values=cache)
 
 
-def test_cache_of_a_model_with_fewer_layers() -> None:
+def test_cache_of_a_model_with_other_layers() -> None:
     cache = bh.CompressedCache("bf16", tm.make("llama"))
     with pytest.raises(bh.ModelMismatchError, match=r"asks for layer 2; this cache was made for 2 layers\. Make the cache from"):
         tm.make("llama", num_hidden_layers=3)(tm.tokens(1, 5), past_key_values=cache)
+    cache = bh.CompressedCache("bf16", tm.make("llama", num_hidden_layers=3), capacity=20)
+    with pytest.raises(bh.ModelMismatchError, match=r"did not use the layers \[2\]"):
+        tm.generate(tm.make("llama"), tm.left_padded([9, 5]), cache, new=3)
 
 
 @pytest.mark.parametrize(
@@ -222,6 +225,18 @@ def test_attention_extras_are_not_dropped() -> None:
     assert model(tm.tokens(1, 5), past_key_values=tm.dynamic(model)).logits.isfinite().all()
 
 
+def test_attention_weights_are_refused() -> None:
+    """Eager attention returns them; a compressed layer has none. Other attention functions never return them, with no cache."""
+    model = tm.make("llama")
+    bh.disable(model)
+    model.set_attn_implementation("eager")
+    bh.enable(model)
+    cache = bh.CompressedCache("bf16", model)
+    with pytest.raises(bh.PlanError, match="uses output_attentions, which compressed layers do not support"):
+        model(tm.tokens(2, 5), past_key_values=cache, output_attentions=True)
+    assert model(tm.tokens(2, 5), past_key_values=cache).attentions is None
+
+
 def test_batch_mismatch() -> None:
     model = tm.make("llama")
     cache = bh.CompressedCache(MIXED, model)
@@ -287,6 +302,15 @@ def test_crop_into_a_sorted_prompt() -> None:
     with pytest.raises(bh.CacheStateError, match=r"only the newest 8 lie in order.*Crop less, or reset\(\)"):
         cache.crop(-40)
     assert cache.get_seq_length() == 204
+
+
+def test_crop_that_a_sliding_layer_refuses() -> None:
+    model = tm.make("gemma3", layer_types=["full_attention", "sliding_attention"])
+    cache = bh.CompressedCache("bf16", model)
+    model(tm.tokens(1, 60), past_key_values=cache)
+    with pytest.raises(RuntimeError):
+        cache.crop(-5)
+    assert [layer.get_seq_length() for layer in cache.layers] == [60, 60]
 
 
 def test_crop_everything_is_a_reset() -> None:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from .errors import CacheStateError
+from .errors import CacheStateError, ModelMismatchError
 from .layer import CompressedLayer
 from .stores.packed import PackedStore
 
@@ -64,6 +64,12 @@ class FixedCapacity:
         """Hand the counts over to the device."""
         tokens = self.layers[0].tokens
         self.check_room(tokens + 1)
+        unused = [layer.index for layer in self.layers if not layer.stores]
+        if unused:
+            raise ModelMismatchError(
+                f"The model did not use the layers {unused}, for which this cache was made. Make the cache from the configuration of the model "
+                "that it is used with."
+            )
         for layer in self.layers:
             layer.fix(self.capacity)
         if self.clock.device != self.layers[0].stores[0].counts.device:

@@ -142,7 +142,9 @@ def _attention(base_name: str) -> Any:
         if not isinstance(key, LayerHandle):
             return base(module, query, key, value, attention_mask, **kwargs)
         extra = [name for name in REFUSED if kwargs.get(name) is not None]
+        extra += ["output_attentions"] * bool(base_name == "eager" and kwargs.get("output_attentions"))  # others never return them
         if extra:
+            key.layer.staged = None
             raise PlanError(f"This model's attention uses {', '.join(extra)}, which compressed layers do not support. Use DynamicCache.")
         scale, query = kwargs.get("scaling") or query.shape[-1] ** -0.5, _cast(query)
         if key.token is not None and key.layer.step is not None:
@@ -712,6 +714,7 @@ class CompressedCache(Cache):
 
         Raises:
             CacheStateError: a head no longer holds what would then be its newest tokens; nothing is changed in any layer.
+            RuntimeError: from transformers, a sliding-window layer was not told to keep what it needs for that; nothing is changed either.
         """
         compressed = self.compressed_layers()
         tokens_to_remove = int(tokens_to_remove)  # transformers 5.16 hands over a tensor
@@ -719,7 +722,8 @@ class CompressedCache(Cache):
             tokens_to_remove = -max(self.get_seq_length() - tokens_to_remove, 0)
         for layer in compressed:
             layer.check_crop(-tokens_to_remove)
-        super().crop(tokens_to_remove)
+        for other in sorted(self.layers, key=lambda layer: isinstance(layer, CompressedCacheLayer)):  # first those that may refuse yet
+            cast(Any, other).crop(tokens_to_remove)
 
     def memory(self) -> Memory:
         """Bytes by part over all compressed layers, in use and allocated."""
