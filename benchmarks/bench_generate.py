@@ -113,7 +113,9 @@ def points() -> Iterator[Point]:
     more = [p for p in bh.preset_names() if p not in OURS]
     yield from (Point(first, plan, batch, context) for batch, context in ((8, 32768), (1, 8192)) for plan in OURS)
     yield from (Point(first, plan, 1, 8192, "tuned") for plan in OURS)
-    yield from (Point(first, plan, batch, context, "profile") for batch, context in ((8, 32768), (1, 8192), (1, 131072)) for plan in OURS[:2])
+    yield from (
+        Point(first, plan, batch, context, "profile") for batch, context in ((8, 32768), (1, 8192), (1, 131072)) for plan in OURS[:2]
+    )
     yield from (Point(first, plan, 1, 32768, "largest") for plan in OURS)
     yield from (Point(first, plan, 1, 32768, kind) for kind in ("prefill", "chunked") for plan in ("balanced", "bf16"))
     yield from (Point(first, plan, 1, 131072, kind) for kind in ("steps", "tuned") for plan in OURS)
@@ -388,11 +390,11 @@ def longest(point: Point, model: Any, prompt: Prompt, device: str) -> dict[str, 
 
 
 def prefill(point: Point, model: Any, prompt: Prompt, device: str) -> dict[str, Any]:
-    """Seconds and bytes of a whole prompt of one sequence; chunked: in passes of CHUNK tokens."""
+    """Seconds and bytes of a whole prompt of one sequence, after one that does not count (kernels are compiled); chunked: in passes of CHUNK tokens."""
     ids = torch.randint(2, model.config.vocab_size, (1, point.context), device=device)
     row: dict[str, Any] = {"chunk": min(CHUNK, point.context // 2) if point.kind == "chunked" else None}
     seconds = []
-    for _ in range({"prefill": 5, "chunked": 3}[point.kind] if point.context <= 32768 else 1):
+    for _ in range(1 + (5 if point.context <= 32768 else 2)):
         clean(device)
         if device == "cuda":
             row["model_bytes"] = torch.cuda.memory_allocated()
@@ -408,6 +410,7 @@ def prefill(point: Point, model: Any, prompt: Prompt, device: str) -> dict[str, 
         if device == "cuda":
             row |= {"peak_bytes": torch.cuda.max_memory_allocated(), "held_bytes": torch.cuda.memory_allocated() - row["model_bytes"]}
         del cache
+    del seconds[0]
     return row | {
         "prefill_s": statistics.median(seconds),
         "prefill_low": min(seconds),
