@@ -611,6 +611,11 @@ class CompressedCache(Cache):
         dtype: of tokens that are kept whole (sink, residual, windows, whole heads); None: the model's.
         capacity: tokens of each sequence, padding included, prompt and generated ones together; None: it grows as needed. With a capacity the
             memory is taken once, after the prompt, and decode steps are compiled by `generate` (CUDA graphs), as with transformers' StaticCache.
+            Prompt lookup looks further ahead than the answer is long: give prompt_lookup_num_tokens more.
+
+    Attention masks may hide padding and each query's future. Stored tokens that a later mask hides (a changed history, branches of a tree) are
+    seen all the same, except by a growing cache of whole heads on a CPU.
+
     Raises:
         PlanError: an unknown preset, a plan that does not fit the model, or a capacity for a model with layers of another kind.
     """
