@@ -599,7 +599,7 @@ class Bench:
     def prompt(self, tokens: int) -> Prompt:
         """The prompt for a context of so many tokens; the row's own first step reads the last of them."""
         if tokens not in self.prompts:
-            bh.enable(self.model)
+            self.attention("bf16")
             self.prompts[tokens] = read_prompt(self.model, tokens - 1, self.device)
         return self.prompts[tokens]
 

@@ -77,12 +77,11 @@ def restore(tiles, out, table, t_b, t_h, heads, BYTES: tl.constexpr, TWO: tl.con
             if N_CENTRES > 0:
                 value += _stored(tile + CENTRES, index, ok, FP8).to(tl.float32) * _factor(tile + FACTORS, 1, FP8)
         else:
-            g: tl.constexpr = f * 16 // GROUP
-            step = _stored(tile + STEPS, g * N_STEPS + step_at, there & (step_at >= 0), FP8).to(tl.float32)
-            value = (step * _factor(tile + FACTORS, 2 * g, FP8))[None] * (code.to(tl.float32) - half)
+            step = _stored(tile + STEPS, f * 16 // GROUP * N_STEPS + step_at, there & (step_at >= 0), FP8).to(tl.float32)
+            value = (step * _factor(tile + FACTORS, f * 16 // GROUP * 2, FP8))[None] * (code.to(tl.float32) - half)
             if N_CENTRES > 0:
-                centre = _stored(tile + CENTRES, g * N_CENTRES + centre_at, there & (centre_at >= 0), FP8).to(tl.float32)
-                value += (centre * _factor(tile + FACTORS, 2 * g + 1, FP8))[None]
+                centre = _stored(tile + CENTRES, f * 16 // GROUP * N_CENTRES + centre_at, there & (centre_at >= 0), FP8).to(tl.float32)
+                value += (centre * _factor(tile + FACTORS, f * 16 // GROUP * 2 + 1, FP8))[None]
         tl.store(to + token * D + axis[None], value, mask=there[None])
 
 
