@@ -203,7 +203,7 @@ def read_prompt(model: Any, tokens: int, device: str) -> Prompt:
         return torch.empty(x.shape, dtype=x.dtype, pin_memory=device == "cuda").copy_(x)
 
     def watch(layer: Any) -> None:
-        def attend(q: torch.Tensor, mask: Any, chunk: Any, scale: float, base: Callable[..., torch.Tensor]) -> torch.Tensor:
+        def attend(q: torch.Tensor, chunk: Any, scale: float, base: Callable[..., torch.Tensor]) -> torch.Tensor:
             (k, v), layer.staged = layer.staged, None
             synchronize(device)
             start = time.perf_counter()
@@ -239,7 +239,7 @@ def fill(cache: Any, prompt: Prompt, batch: int, device: str) -> float:
         start = time.perf_counter()
         handle, _ = cache.update(k, v, i)
         if ours:
-            handle.layer.attend(q, None, ChunkMask(None, None), prompt.scale, lambda q, k, v: q)
+            handle.layer.attend(q, ChunkMask(None, None), prompt.scale, lambda q, k, v: q)
         synchronize(device)
         seconds += time.perf_counter() - start
     if ours and batch > 1:

@@ -66,7 +66,7 @@ def allocated(plan: CachePlan, tokens: int, layers: int = LAYERS, device: str = 
 def take(layer: Any, random: Any) -> None:
     """One prompt through a layer."""
     layer.stage(random(HEADS), random(HEADS))
-    layer.attend(random(Q_HEADS), None, ChunkMask(None, None), DIM**-0.5, lambda q, k, v: q[:, :, :1])
+    layer.attend(random(Q_HEADS), ChunkMask(None, None), DIM**-0.5, lambda q, k, v: q[:, :, :1])
 
 
 def plans(layers: int = LAYERS) -> list[CachePlan]:

@@ -54,7 +54,7 @@ def fill(layer: CompressedLayer, q: Tensor, k: Tensor, v: Tensor, tokens: int, r
     piece = k.shape[2]
     first = min(piece, tokens)
     layer.stage(k[:, :, :first], v[:, :, :first])
-    layer.attend(q, None, read_mask(None, first), layer.shape.head_dim**-0.5, lambda q, k, v: q[:, :, :0])
+    layer.attend(q, read_mask(None, first), layer.shape.head_dim**-0.5, lambda q, k, v: q[:, :, :0])
     for store in layer.stores:
         store.fix(tokens + room)
     for start in range(first, tokens, piece):
@@ -218,7 +218,7 @@ def warm(config: Any, plans: list[str]) -> None:
         q, k, v = random_tokens(layer, PIECE, "cuda", torch.bfloat16)
         fill(layer, q, k, v, SHORT, 1)
         layer.stage(k[:, :, :1], v[:, :, :1])
-        layer.attend(q[:, :, :1], None, read_mask(None, 1), layer.shape.head_dim**-0.5, lambda q, k, v: q)
+        layer.attend(q[:, :, :1], read_mask(None, 1), layer.shape.head_dim**-0.5, lambda q, k, v: q)
         torch.cuda.synchronize()
 
 

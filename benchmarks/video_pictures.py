@@ -102,7 +102,7 @@ def error_of(call: AttentionCall, plan: str, model: Any, cut: int) -> float:
     outputs = []
     for start, end in ((0, cut), (cut, call.q.shape[2])):
         layer.stage(call.k[:, :, start:end], call.v[:, :, start:end])
-        outputs.append(layer.attend(call.q[:, :, start:end], None, read_mask(None, end - start), call.scale, whole))
+        outputs.append(layer.attend(call.q[:, :, start:end], read_mask(None, end - start), call.scale, whole))
     true = call.own()[:, cut:]
     return float((outputs[1] - true).norm() / true.norm())
 

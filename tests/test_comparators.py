@@ -114,7 +114,7 @@ def test_methods_as_written_out(name: str, sparsity: float, monkeypatch: pytest.
 
         mask = (torch.arange(n) <= torch.arange(n)[:, None]) & valid[:, None]
         layer.stage(k, v)
-        out = layer.attend(q, None, read_mask(mask[:, None] if step == 0 else None, n), SCALE, base)
+        out = layer.attend(q, read_mask(mask[:, None] if step == 0 else None, n), SCALE, base)
         torch.testing.assert_close(out[valid], want[valid])
         for b, heads in enumerate(written):
             for h, w in enumerate(heads):

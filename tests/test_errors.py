@@ -83,7 +83,7 @@ def test_numbers_of_any_size_are_packed_well_or_refused(metadata: str, scale: fl
     k, v, q = ((torch.randn(1, 1, 64, 32) + 1) * s for s in (scale, scale, 1.0))
     layer.stage(k, v)
     try:
-        layer.attend(q, None, read_mask(None, 64), 1.0, lambda q, k, v: q.transpose(1, 2))
+        layer.attend(q, read_mask(None, 64), 1.0, lambda q, k, v: q.transpose(1, 2))
     except bh.NotFiniteError as error:
         assert (scale >= 1e4 and "65504" in str(error)) or scale >= 1e7
         return

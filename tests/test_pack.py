@@ -300,7 +300,7 @@ def life(backend: str, plan: KVQuant, dim: int, dtype: torch.dtype, device: str,
         part = slice(at, at + n)
         layer.stage(x[0][:, :, part], x[1][:, :, part])
         chunk = read_mask(mask if at == 0 else None, n)
-        out = layer.attend(q[:, :, part], None, chunk, dim**-0.5, lambda q, k, v: q.transpose(1, 2))
+        out = layer.attend(q[:, :, part], chunk, dim**-0.5, lambda q, k, v: q.transpose(1, 2))
         outs += [] if at == 0 else [out]
         at += n
     return layer, torch.cat(outs, 1), x, q

@@ -203,7 +203,7 @@ def really_held(plan: bh.CachePlan, shapes: list[bh.LayerShape], tokens: int, ba
         x = torch.randn(2, batch, shape.kv_heads, tokens, shape.head_dim).to(dtype)
         layer.stage(*x)
         q = torch.randn(batch, shape.q_heads, tokens, shape.head_dim).to(dtype)
-        layer.attend(q, None, read_mask(None, tokens), 0.1, lambda q, k, v: q.transpose(1, 2))
+        layer.attend(q, read_mask(None, tokens), 0.1, lambda q, k, v: q.transpose(1, 2))
         memory = layer.memory()
         total += sum(memory.in_use.values())
         assert all(memory.in_use[part] <= memory.allocated[part] for part in memory.in_use)
@@ -242,7 +242,7 @@ def test_bytes_for_generated_tokens(plan: bh.CachePlan, prompt: int, generated: 
     layer = CompressedLayer(0, groups, shape, "reference")
     for n in [prompt] + [1] * generated:
         layer.stage(*torch.randn(2, 1, 2, n, head_dim))
-        layer.attend(torch.randn(1, 4, n, head_dim), None, read_mask(None, n), 0.1, lambda q, k, v: q.transpose(1, 2))
+        layer.attend(torch.randn(1, 4, n, head_dim), read_mask(None, n), 0.1, lambda q, k, v: q.transpose(1, 2))
     counted = sum(layer.memory().in_use.values())
     assert counted == plan.bytes_for([shape], prompt + generated, itemsize=4, generated=generated)
 

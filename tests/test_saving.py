@@ -77,8 +77,8 @@ def test_saved_in_the_middle_of_a_life(tmp_path: Path) -> None:
     next_logits(model, cache, inputs["attention_mask"], steps=15)
     cache.crop(-5)
     cache.batch_select_indices(torch.tensor([2, 0]))
-    bh.save_cache(cache, tmp_path / "c")
-    loaded = bh.load_cache(tmp_path / "c", model)
+    bh.save_cache(cache, tmp_path / "missing" / "c")
+    loaded = bh.load_cache(tmp_path / "missing" / "c", model)
     for one in (cache, loaded):
         one.crop(-2)
     mask = torch.cat([inputs["attention_mask"][[2, 0]], torch.ones(2, 11, dtype=torch.long)], 1)

@@ -128,7 +128,7 @@ class Life:
 
         layer.stage(*x)
         assert layer.tokens == total
-        out = layer.attend(q, mask, read_mask(mask if pads else None, n), DIM**-0.5, base)
+        out = layer.attend(q, read_mask(mask if pads else None, n), DIM**-0.5, base)
         assert calls == [total] if first else calls in ([], [total])
         assert layer.staged is None and layer.tokens == total
         if first:
@@ -368,7 +368,7 @@ def test_stores_share_no_memory_with_the_model() -> None:
         layer = CompressedLayer(0, groups, LayerShape(8, 4, DIM), "reference")
         k, v, q = torch.randn(2, 4, 90, DIM), torch.randn(2, 4, 90, DIM), torch.randn(2, 8, 90, DIM)
         layer.stage(k, v)
-        layer.attend(q, None, read_mask(None, 90), 0.25, lambda q, k, v: q.transpose(1, 2))
+        layer.attend(q, read_mask(None, 90), 0.25, lambda q, k, v: q.transpose(1, 2))
         before = [t.clone() for s in layer.stores for t in s.tensors().values()]
         k.zero_(), v.zero_(), q.zero_()
         assert all(torch.equal(a, b) for a, b in zip(before, (t for s in layer.stores for t in s.tensors().values()), strict=True))
@@ -424,7 +424,7 @@ def test_cropped_tokens_leave_no_trace_in_the_codes(pads: list | None) -> None:
                 continue
             mask = torch.tensor(pads) if pads and n == 10 and part.start == 70 else None
             layer.stage(x[0][:, :, part], x[1][:, :, part])
-            layer.attend(q[:, :, part], None, read_mask(mask, n), 0.25, lambda q, k, v: q.transpose(1, 2))
+            layer.attend(q[:, :, part], read_mask(mask, n), 0.25, lambda q, k, v: q.transpose(1, 2))
             if part.start == 70:
                 layer.crop(10)
         stores.append(layer.stores[0])
@@ -441,7 +441,7 @@ def test_salient_tokens_are_those_of_most_attention() -> None:
     layer.token_scores = torch.rand(2, 64)
     chosen = layer.token_scores.topk(16, -1)[1].sort(-1)[0]
     layer.stage(k, v)
-    layer.attend(q, None, read_mask(None, 64), 0.25, lambda q, k, v: q.transpose(1, 2))
+    layer.attend(q, read_mask(None, 64), 0.25, lambda q, k, v: q.transpose(1, 2))
     extra = layer.stores[0].heads().extra[0]
     got = unpack_tiles(extra)[1]
     for b in range(2):

@@ -38,7 +38,7 @@ def test_filled_layers_hold_the_given_tokens(qwen) -> None:
     longest.fill(layers[0], q, k, v, 1500, 4)
     for n in (700, 700, 100):
         layers[1].stage(k[:, :, :n], v[:, :, :n])
-        layers[1].attend(q[:, :, :1].expand(-1, -1, n, -1), None, longest.read_mask(None, n), 0.1, lambda q, k, v: q)
+        layers[1].attend(q[:, :, :1].expand(-1, -1, n, -1), longest.read_mask(None, n), 0.1, lambda q, k, v: q)
     for a, b in zip(layers[0].stores, layers[1].stores, strict=True):
         assert a.appended() == b.appended() == [1500]
         n = a.bank.count[0]

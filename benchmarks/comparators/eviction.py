@@ -93,6 +93,11 @@ class EvictionLayer:
         self.held: list[int] = []  # of these still there
         self.k = self.v = self.place = self.sums = self.recent = None
 
+    @property
+    def stored_tokens(self) -> int:
+        """Tokens of each sequence so far, padding included, without those of a chunk that is staged."""
+        return self.tokens - (0 if self.staged is None else self.staged[0].shape[2])
+
     def stage(self, k: Tensor, v: Tensor) -> None:
         """Take the chunk's keys and values [B, H, n, D]."""
         self.staged = k, v
@@ -109,7 +114,7 @@ class EvictionLayer:
 
     # -- a chunk --------------------------------------------------------------------------------------------------------------
 
-    def attend(self, q: Tensor, mask: Tensor | None, chunk: ChunkMask, scale: float, base: Any) -> Tensor:
+    def attend(self, q: Tensor, chunk: ChunkMask, scale: float, base: Any) -> Tensor:
         """Attention of the staged chunk, then eviction. See CompressedLayer.attend."""
         assert self.staged is not None
         (k, v), self.staged = self.staged, None

@@ -166,14 +166,13 @@ class CompressedLayer:
         return x if len(heads) == x.shape[1] and heads == tuple(range(x.shape[1])) else x[:, list(heads)]
 
     @plain
-    def attend(self, q: Tensor, mask: Tensor | None, chunk: ChunkMask, scale: float, base: BaseAttention) -> Tensor:
+    def attend(self, q: Tensor, chunk: ChunkMask, scale: float, base: BaseAttention) -> Tensor:
         """Attention of the staged chunk over everything, then packing.
 
         Args:
             q: [B, H_q, n, D] after RoPE.
-            mask: the model's own mask for `base`.
-            chunk: the same mask, understood.
-            base: (q, k, v) -> [B, n, H_q, D], the model's own attention with that mask; used while nothing is compressed.
+            chunk: what the model's mask says of its tokens.
+            base: (q, k, v) -> [B, n, H_q, D], the model's own attention with its mask; used while nothing is compressed.
         Returns:
             [B, n, H_q, D].
         """

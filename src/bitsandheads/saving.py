@@ -21,7 +21,7 @@ VERSION = 2  # 1: trits lay in another order
 
 
 def save_cache(cache: CompressedCache, path: str | Path) -> None:
-    """Write a cache, whole or not at all.
+    """Write a cache, whole or not at all; missing folders are made.
 
     Raises:
         CacheStateError: the cache is empty, is in the middle of a forward pass, or has layers with recurrent state.
@@ -44,6 +44,7 @@ def save_cache(cache: CompressedCache, path: str | Path) -> None:
         "dtype": "" if cache.dtype is None else str(cache.dtype).removeprefix("torch."),
     }
     target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(target.name + ".part")
     try:
         save_file(_apart(tensors), part, metadata=header)

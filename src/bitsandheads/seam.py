@@ -154,7 +154,7 @@ def _attention(base_name: str) -> Any:
         def own(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return base(module, q, k, v, attention_mask, **kwargs)[0]
 
-        return key.layer.attend(query, attention_mask, chunk, scale, own), None
+        return key.layer.attend(query, chunk, scale, own), None
 
     return forward
 

@@ -171,7 +171,7 @@ def test_steps_in_a_captured_graph() -> None:
         k.copy_(x[0]), v.copy_(x[1]), q.copy_(query)
         graph.replay()
         eager.stage(x[0], x[1])
-        want = eager.attend(query, None, bh.layer.read_mask(None, 1), 0.1, lambda q, k, v: q)
+        want = eager.attend(query, bh.layer.read_mask(None, 1), 0.1, lambda q, k, v: q)
         t.close(out.transpose(1, 2), want, 1e-2)  # the splits of the attention follow the capacity, which differs
     ops.append(k[:, :, :0], v[:, :, :0], [store.growing(0)], "triton")
     assert torch.equal(store.counts, eager.stores[0].counts) and eager.stores[0].bank.count[0] > 4
@@ -201,7 +201,7 @@ def test_numbers_that_cannot_be_packed() -> None:
         with pytest.raises(bh.NotFiniteError, match="of KV heads"):
             for _ in range(300):
                 layer.stage(k, k)
-                layer.attend(q, None, bh.layer.read_mask(None, 1), 0.1, lambda q, k, v: q)
+                layer.attend(q, bh.layer.read_mask(None, 1), 0.1, lambda q, k, v: q)
 
 
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
@@ -213,4 +213,4 @@ def test_a_prompt_that_cannot_be_packed(backend: str) -> None:
     for part in (slice(0, 999), slice(999, 1000)):
         layer.stage(k[:, :, part], k[:, :, part])
         with pytest.raises(bh.NotFiniteError, match="step or centre") if part.start else contextlib.nullcontext():
-            layer.attend(q[:, :, part], None, bh.layer.read_mask(None, part.stop - part.start), 0.1, lambda q, k, v: q.transpose(1, 2))
+            layer.attend(q[:, :, part], bh.layer.read_mask(None, part.stop - part.start), 0.1, lambda q, k, v: q.transpose(1, 2))
