@@ -340,3 +340,28 @@ def test_a_copied_model_compiles_its_own_step(monkeypatch) -> None:
     assert not isinstance(model.get_compiled_call(CompileConfig(dynamic=False)), CapturedSteps)
     bh.disable(model)
     assert not isinstance(model.get_compiled_call(None), CapturedSteps)
+
+
+class Wrapper(torch.nn.Module):
+    """What adapters put around a model: whatever it does not have itself is the model's."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = model
+
+    def __getattr__(self, name: str):
+        return getattr(super().__getattr__("inner"), name) if name != "inner" else super().__getattr__(name)
+
+
+def test_the_model_in_a_wrapper_is_the_one_that_generates() -> None:
+    model, ids = tm.make("llama"), tm.tokens(1, 20)
+    bh.disable(model)
+    wrapper = Wrapper(model)
+    bh.enable(wrapper)
+    hooks = {"get_compiled_call", "create_masks_for_generate", "prepare_inputs_for_generation"}
+    assert hooks <= set(model.__dict__) and not hooks & set(wrapper.__dict__)
+    out = wrapper.generate(ids, past_key_values=bh.CompressedCache(MIXED, wrapper, capacity=40), max_new_tokens=9, disable_compile=True)
+    want = model.generate(ids, past_key_values=bh.CompressedCache(MIXED, model), max_new_tokens=9)
+    assert torch.equal(out, want)
+    bh.disable(wrapper)
+    assert not hooks & set(model.__dict__)

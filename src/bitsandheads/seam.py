@@ -247,13 +247,17 @@ def _compiled_call(model: Any, compile_config: Any = None) -> Any:
     return steps
 
 
+def _generators(model: Any) -> list[Any]:
+    """The modules whose `generate` may run: the model, or the one that a wrapper (of adapters, say) hands the call to."""
+    return [module for module in model.modules() if isinstance(module, GenerationMixin)]
+
+
 def _watch_generate(model: Any) -> None:
     """Let `generate` take the short way for steps of fixed capacity."""
-    if hasattr(model, "get_compiled_call"):
-        model.__dict__["get_compiled_call"] = partial(_compiled_call, model)
-        others = getattr(type(model), "create_masks_for_generate", create_masks_for_generate)
-        model.__dict__["create_masks_for_generate"] = partial(_step_masks, model, others)
-    if getattr(type(model), "prepare_inputs_for_generation", None) is PREPARE:  # what a class does beside it is not known here
+    model.__dict__["get_compiled_call"] = partial(_compiled_call, model)
+    others = getattr(type(model), "create_masks_for_generate", create_masks_for_generate)
+    model.__dict__["create_masks_for_generate"] = partial(_step_masks, model, others)
+    if type(model).prepare_inputs_for_generation is PREPARE:  # what a class does beside it is not known here
         model.__dict__["prepare_inputs_for_generation"] = update_wrapper(partial(_step_inputs, model), PREPARE)  # with its signature
 
 
@@ -336,7 +340,8 @@ def enable(model: Any) -> None:
             "Use DynamicCache with this model, or a model class with AttentionInterface support."
         )
     _watch_embeddings(model, part)
-    _watch_generate(model)
+    for one in _generators(model):
+        _watch_generate(one)
 
 
 def disable(model: Any) -> None:
@@ -347,8 +352,9 @@ def disable(model: Any) -> None:
         part.set_attn_implementation(name.removeprefix(PREFIX))
         for hook in part.__dict__.pop("bitsandheads_hooks", ()):
             hook.remove()
-        for own in ("get_compiled_call", "create_masks_for_generate", "prepare_inputs_for_generation"):
-            model.__dict__.pop(own, None)
+        for one in _generators(model):
+            for own in ("get_compiled_call", "create_masks_for_generate", "prepare_inputs_for_generation"):
+                one.__dict__.pop(own, None)
 
 
 class enabled:
