@@ -353,7 +353,7 @@ def steps(sources: Sources) -> Section:
             base = {place: next((r for r in own if r["plan"] == BASE), {}) for (place,), own in places.items()}
             cells = {(r["plan"], place): _step_cells(r, base[place]) for (place,), own in places.items() for r in own}
             times = {at: dict(zip(columns, row, strict=True))[f"times {BASE}"] for at, row in cells.items()}
-            often = [p for p in dict.fromkeys(r["plan"] for r in rows) if sum(p == plan for plan, _ in times) > 1]
+            often = [p for p in dict.fromkeys(r["plan"] for r in rows) if 2 * sum(p == plan for plan, _ in times) > len(base)]
             values = tuple(tuple(times.get((p, place)) for p in often) for place in base)
             found = [v for row in values for v in row if v is not None]
             if len(found) > len(base):
