@@ -123,6 +123,33 @@ def _table(half: HalfLayout, padded: int, device: torch.device) -> Tensor:
     return rows.to(device, non_blocking=True)
 
 
+def constants(half: HalfLayout, base: int, tile_bytes: int) -> dict[str, int]:
+    """What `restore` is compiled for; `base`: where the half begins in a tile."""
+    at = {name: base + offset for name, (offset, _) in half.sections.items()}
+    rows = [math.gcd(_columns(half, bits), 32) if half.kind == "keys" else 1 for bits in (2, 1)]
+    slots = [planes.slots_per_word(bits, half.tokens) for bits in (2, 1)]
+    out = {name.upper(): at[name] for name in ("two", "one", "trits", "steps", "centres", "factors")}
+    out |= {
+        "BYTES": tile_bytes,
+        "N_STEPS": half.counts[0],
+        "N_CENTRES": half.counts[1],
+        "ROW2": rows[0],
+        "ROW1": rows[1],
+        "E2": slots[0],
+        "E1": slots[1],
+    }
+    out["USED"] = max((s.weight.bit_length() // 2 + 1 for s in half.slots if s.bits == 2), default=0)
+    out |= {
+        "HAS_ONE": half.plane_slots(1) > 0,
+        "HAS_TRITS": half.trit_axes[1] > 0,
+        "TOKENS": half.tokens,
+        "GROUP": half.group_size,
+        "PAIRS": PAIRS,
+    }
+    out["BLOCK"] = channel_block(half.head_dim) if half.spec.per == "token" else 0
+    return out | {"FP8": itemsize(half.fmt) == 1, "D": half.head_dim, "DP": max(16, triton.next_power_of_2(half.head_dim))}
+
+
 def restore_tiles(tiles: Tensor, half: HalfLayout, base: int, dtype: torch.dtype) -> Tensor:
     """The axes of tiles (before any rotation back), as `HalfLayout.read` gives them.
 
@@ -134,17 +161,8 @@ def restore_tiles(tiles: Tensor, half: HalfLayout, base: int, dtype: torch.dtype
         [B, h, N * half.tokens, D].
     """
     batch, heads, count, size = tiles.shape
-    dim = half.head_dim
-    padded = max(16, triton.next_power_of_2(dim))
-    out = torch.empty(batch, heads, count * half.tokens, dim, dtype=dtype, device=tiles.device)
-    at = {name: base + offset for name, (offset, _) in half.sections.items()}
-    rows = [math.gcd(_columns(half, bits), 32) if half.kind == "keys" else 1 for bits in (2, 1)]
-    restore[(count, batch * heads)](
-        tiles, out, _table(half, padded, tiles.device), tiles.stride(0), tiles.stride(1), heads, BYTES=size, TWO=at["two"], ONE=at["one"],
-        TRITS=at["trits"], STEPS=at["steps"], CENTRES=at["centres"], FACTORS=at["factors"], N_STEPS=half.counts[0], N_CENTRES=half.counts[1],
-        ROW2=rows[0], ROW1=rows[1], E2=planes.slots_per_word(2, half.tokens), E1=planes.slots_per_word(1, half.tokens),
-        USED=max((s.weight.bit_length() // 2 + 1 for s in half.slots if s.bits == 2), default=0), HAS_ONE=half.plane_slots(1) > 0,
-        HAS_TRITS=half.trit_axes[1] > 0, TOKENS=half.tokens, GROUP=half.group_size,
-        BLOCK=channel_block(dim) if half.spec.per == "token" else 0, FP8=itemsize(half.fmt) == 1, D=dim, DP=padded, PAIRS=PAIRS, num_warps=4,
-    )  # fmt: skip
+    out = torch.empty(batch, heads, count * half.tokens, half.head_dim, dtype=dtype, device=tiles.device)
+    numbers = constants(half, base, size)
+    table = _table(half, numbers["DP"], tiles.device)
+    restore[(count, batch * heads)](tiles, out, table, tiles.stride(0), tiles.stride(1), heads, num_warps=4, **numbers)
     return out
