@@ -81,6 +81,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32768)
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("it needs a GPU: the bytes are those of its allocator")
     rows = []
     for plan in track(plans(), description="plans"):
         held, cache = allocated(plan, args.tokens)

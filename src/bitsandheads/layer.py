@@ -120,7 +120,12 @@ class CompressedLayer:
     # -- a chunk ----------------------------------------------------------------------------------------------------------------
 
     def stage(self, k: Tensor, v: Tensor) -> None:
-        """Take the chunk's keys and values [B, H_kv, n, D]."""
+        """Take the chunk's keys and values [B, H_kv, n, D].
+
+        Raises:
+            AttentionNotEnabledError: the chunk before this one was never attended to.
+            ModelMismatchError, ShapeError: see `check`.
+        """
         if self.staged is not None:
             raise AttentionNotEnabledError(
                 f"Layer {self.index} was given new tokens before it attended to the last ones: this model does not use the attention "
@@ -175,6 +180,9 @@ class CompressedLayer:
             base: (q, k, v) -> [B, n, H_q, D], the model's own attention with its mask; used while nothing is compressed.
         Returns:
             [B, n, H_q, D].
+        Raises:
+            CacheStateError: nothing is staged, or salient tokens must be scored and were not.
+            NotFiniteError: tokens that cannot be packed.
         """
         if self.staged is None:
             raise CacheStateError(f"Layer {self.index} has no staged tokens; call update() before the attention function.")
@@ -287,7 +295,11 @@ class CompressedLayer:
 
     @plain
     def fix(self, capacity: int) -> None:
-        """Put everything into buffers for `capacity` tokens of each sequence, and make `step`, which works on them without the host."""
+        """Put everything into buffers for `capacity` tokens of each sequence, and make `step`, which works on them without the host.
+
+        Raises:
+            CacheStateError: the sink of a windowed head is not full.
+        """
         if not all(store.steady for store in self.stores):
             raise CacheStateError(
                 f"Layer {self.index} has windowed heads whose sinks are not full, because a prompt is shorter than a sink. A cache of fixed "

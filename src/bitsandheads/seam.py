@@ -40,7 +40,11 @@ REFUSED = ("softcap", "s_aux", "position_bias")  # attention extras that the ops
 
 
 def text_config(config: Any) -> Any:
-    """The configuration of the decoder's text part, of a model or of its configuration."""
+    """The configuration of the decoder's text part, of a model or of its configuration.
+
+    Raises:
+        PlanError: this is neither.
+    """
     found = getattr(config, "config", config)
     if not hasattr(found, "get_text_config"):
         raise PlanError(
@@ -51,7 +55,11 @@ def text_config(config: Any) -> Any:
 
 
 def layer_shapes(config: Any) -> list[LayerShape]:
-    """The shape of every layer; layers that are not plain full attention are marked as not compressed."""
+    """The shape of every layer; layers that are not plain full attention are marked as not compressed.
+
+    Raises:
+        PlanError: no model or configuration with attention layers.
+    """
     text = text_config(config)
     q_heads = getattr(text, "num_attention_heads", None)
     if not q_heads or getattr(text, "num_kv_shared_layers", None):
@@ -322,7 +330,10 @@ def enable(model: Any) -> None:
     """Let a transformers model read compressed caches. Other caches work as before; calling it again does nothing.
 
     Args:
-        model: a causal or vision-language model of transformers; only the text part is switched.
+        model: a causal or vision-language model of transformers, or a module around one; only the text part is switched.
+    Raises:
+        PlanError: it uses flex attention, or attention that is not from transformers' registry.
+        ModelMismatchError: none of its modules has the text part's configuration.
     """
     part = _text_model(model)
     base = part.config._attn_implementation.removeprefix(PREFIX)
@@ -515,7 +526,13 @@ class CompressedCacheLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        """Stage the chunk; returns a LayerHandle for keys and for values."""
+        """Stage a chunk of keys and values [B, H, n, D]; returns a LayerHandle for each.
+
+        Raises:
+            AttentionNotEnabledError: the chunk before this one was never attended to.
+            CacheStateError: there is no room for it, or an earlier pass was cut short.
+            ModelMismatchError, ShapeError: heads, head_dim or batch are others.
+        """
         first, fixed = self.layer.index == self.masks.first, self.fixed
         key_states, value_states = _cast(key_states), _cast(value_states)
         if fixed is not None and first and not torch.compiler.is_compiling():
@@ -594,7 +611,7 @@ class CompressedCacheLayer(CacheLayerMixin):
         layer.crop(-tokens_to_remove if tokens_to_remove <= 0 else layer.tokens - tokens_to_remove)
 
     def offload(self) -> None:
-        """Refused: a compressed layer stays where it is."""
+        """Refused (CacheStateError): a compressed layer stays where it is."""
         raise CacheStateError("Compressed layers cannot be offloaded; their memory is small already. Make the cache without offloading.")
 
     @property
@@ -704,6 +721,8 @@ class CompressedCache(Cache):
 
         Args:
             scores: float [batch, tokens of the prompt], padding included (its scores are ignored).
+        Raises:
+            ShapeError: they have not two dimensions. (Other numbers of tokens are an error when the prompt comes.)
         """
         if scores.ndim != 2:
             raise ShapeError(f"Token scores have shape {list(scores.shape)}; give [batch, tokens of the prompt].")

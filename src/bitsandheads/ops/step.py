@@ -94,7 +94,7 @@ class LayerStep:
 
     @plain
     def run(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """What the operator does; k and v may hold no token."""
+        """What the operator does, see `__call__`; k and v may hold no token. Raises ShapeError for another batch."""
         stores, batch = self.stores, self.stores[0].counts.shape[1]
         if q.shape[0] != batch:
             raise ShapeError(
