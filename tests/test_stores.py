@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -299,6 +299,8 @@ STEPS = st.one_of(
 @pytest.mark.parametrize("name", QUANTS)
 @settings(max_examples=20)
 @given(first=st.tuples(st.integers(1, 3), st.integers(1, 120), PADS), steps=st.lists(STEPS, max_size=10), seed=st.integers(0, 2**16))
+@example(first=(2, 1, None), steps=[("append", 42, None), ("crop", 0.0625), ("append", 19, [(0, 0), (11, 6)])], seed=0)
+@example(first=(2, 118, [(0, 0), (6, 0)]), steps=[("append", 1, None), ("crop", 0.09375), ("append", 31, [(0, 0), (21, 6)])], seed=0)
 def test_random_lives(name: str, layout: str, first: tuple, steps: list[tuple], seed: int) -> None:
     life = Life(layouts(QUANTS[name])[layout], seed)
     life.append(*first)

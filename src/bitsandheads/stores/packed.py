@@ -149,7 +149,8 @@ class PackedStore(Store):
         self._observe(prompt)
         quant = self.quant
         start = [0 if s else quant.start_tiles(c) for s, c in zip(self.started, self.tail.count, strict=True)]
-        due = [(c - quant.residual) // quant.tile if s else 0 for s, c in zip(self.started, self.tail.count, strict=True)]
+        over = [max(c - quant.residual, 0) for c in self.tail.count]  # crop may have left fewer
+        due = [o // quant.tile if s else 0 for s, o in zip(self.started, over, strict=True)]
         if any(start):
             self._start(start, prompt)
             self._sync()
