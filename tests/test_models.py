@@ -1,4 +1,4 @@
-"""The whole contract with transformers, on tiny random models of its own classes."""
+"""The whole contract with transformers, on tiny random models of its own classes. Longer than other files: it is run as one on the oldest transformers."""
 
 import dataclasses
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ..errors import CacheStateError
+from ..errors import CacheStateError, TaskError
 from ..tasks import Sample
 from .rollout import RolloutEngine
 
@@ -13,11 +13,9 @@ def message(sample: Sample, chat: bool) -> Any:
 
 
 def encode(tokenizer: Any, sample: Sample, chat: bool) -> list[int]:
-    """Prompt tokens, the same that training uses. CacheStateError where there is no chat template to use."""
+    """Prompt tokens, the same that training uses. TaskError where there is no chat template to use."""
     if chat and not tokenizer.chat_template:
-        raise CacheStateError(
-            "The tokenizer has no chat template, so prompts cannot be put into one. Ask for none (--no-chat, chat: false)."
-        )
+        raise TaskError("The tokenizer has no chat template, so prompts cannot be put into one. Ask for none (--no-chat, chat: false).")
     if chat:
         return tokenizer.apply_chat_template(message(sample, True), add_generation_prompt=True, tokenize=True, return_dict=True)[
             "input_ids"

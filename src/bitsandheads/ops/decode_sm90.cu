@@ -1,4 +1,5 @@
 // Decode attention on packed bits, for Hopper GPUs. docs/kernels.md explains the ideas; quant/planes.py and quant/tile.py are the layout's only definition.
+// Longer than other files: NVRTC is given one text, and everything below shares the layout's constants.
 //
 // Two kernels; the second starts while the first still runs (programmatic dependent launch):
 //   attend   rotates the queries of the heads whose tiles it reads, scales them to fit fp16 and lays them out as the fragments that it multiplies by; runs over

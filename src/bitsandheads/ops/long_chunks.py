@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..quant.codec import HalfCodec
 from ..quant.tile import HalfLayout
-from .backends import resolve_backend
+from .backends import resolve_backend, why_not
 from .heads import HeadSet
 
 FEWEST = 256  # queries from which on restoring tiles once costs less than reading them again for every piece
@@ -147,7 +147,7 @@ def _history(
 
 def _axes(tiles: Tensor, half: HalfLayout, base: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """A half of tiles uint8 [B, h, N, bytes], which begins at byte `base`, along its axes: [B, h, tokens, D]."""
-    if tiles.is_cuda:
+    if tiles.is_cuda and why_not("triton", tiles.device) is None:
         from .triton_restore import restore_tiles
 
         return restore_tiles(tiles, half, base, dtype)
